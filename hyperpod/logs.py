@@ -1,0 +1,27 @@
+"""Logging: one line per event on stderr, `key=value` fields, nothing from a guest unescaped."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+FORMAT = "%(asctime)s.%(msecs)03d %(levelname).1s %(name)s: %(message)s"
+
+
+def setup(level: str = "info", process: str = "") -> None:
+    """Route all logging of this process to stderr; `process` is put before each line's logger name."""
+    fmt = FORMAT.replace("%(name)s", f"{process} %(name)s") if process else FORMAT
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(fmt, datefmt="%Y-%m-%dT%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for noisy in ("hpack", "asyncio"):
+        logging.getLogger(noisy).setLevel("WARNING")
+
+
+def printable(data: bytes | str, limit: int = 2048) -> str:
+    """The last `limit` bytes of untrusted text with everything unprintable escaped."""
+    raw = data.encode(errors="replace") if isinstance(data, str) else data
+    raw = raw[-limit:]
+    return "".join(chr(b) if 32 <= b < 127 else ("\n" if b == 10 else f"\\x{b:02x}") for b in raw)

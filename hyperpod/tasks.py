@@ -1,0 +1,97 @@
+"""Every task owned, named and bounded.
+
+`TaskOwner.spawn` is the only way to start a background task: the owner holds it, logs its failure, and
+`close` cancels and awaits what is left. `Operations` runs named operations that outlive the RPC that asked
+for them: a second caller with the same name joins the first (DESIGN section 8).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class TaskOwner:
+    """Holds background tasks; at most `limit` at once."""
+
+    def __init__(self, name: str, limit: int = 4096) -> None:
+        self.name, self.limit = name, limit
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def spawn(self, name: str, coro: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Start `coro` as a task of this owner. Raises RuntimeError when closed or full."""
+        if self._closed or len(self._tasks) >= self.limit:
+            coro.close()
+            why = "closed" if self._closed else "too many tasks"
+            raise RuntimeError(f"{self.name}: {why}, not starting {name}")
+        task = asyncio.get_running_loop().create_task(coro, name=f"{self.name}/{name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.error("task %s failed: %r", task.get_name(), exc, exc_info=exc)
+
+    async def close(self, timeout: float = 10.0) -> None:
+        """Cancel every task and wait for them, at most `timeout` seconds."""
+        self._closed = True
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            _, pending = await asyncio.wait(tasks, timeout=timeout)
+            for task in pending:
+                log.error("task %s did not end within %.0f s", task.get_name(), timeout)
+
+
+class Operations:
+    """Named operations that go on when their caller leaves; callers with the same name join."""
+
+    def __init__(self, owner: TaskOwner) -> None:
+        self._owner = owner
+        self._running: dict[str, asyncio.Task[Any]] = {}
+
+    def running(self, name: str) -> bool:
+        return name in self._running
+
+    async def run(self, name: str, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Join the operation `name`, or start it with `make()`; a cancelled caller does not cancel it."""
+        task: asyncio.Task[T] | None = self._running.get(name)
+        if task is None:
+            task = self._owner.spawn(name, make())
+            self._running[name] = task
+            task.add_done_callback(lambda t: self._forget(name, t))
+        return await asyncio.shield(task)
+
+    def _forget(self, name: str, task: asyncio.Task[Any]) -> None:
+        if self._running.get(name) is task:
+            del self._running[name]
+        if not task.cancelled():
+            task.exception()  # retrieved: the owner has logged it
+
+    async def wait(self, name: str) -> None:
+        """Wait for the end of `name`, whatever its outcome; returns at once when it is not running."""
+        if (task := self._running.get(name)) is not None:
+            await asyncio.wait([task])
+
+
+async def bounded(awaitable: Awaitable[T], seconds: float, what: str) -> T:
+    """Await with a deadline. Raises DeadlineExceeded that names `what`."""
+    from hyperpod.errors import DeadlineExceeded
+
+    try:
+        async with asyncio.timeout(seconds):
+            return await awaitable
+    except TimeoutError as exc:
+        raise DeadlineExceeded(f"{what} took longer than {seconds:g} s") from exc
