@@ -1,0 +1,141 @@
+"""Containers: configuration, durable record, status derived from timestamps."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from hyperpod.model.base import Record
+from hyperpod.model.security import LinuxResources, NamespaceOptions, SeccompKind
+
+
+class ContainerMetadata(Record):
+    """CRI ContainerMetadata."""
+
+    name: str
+    attempt: int = 0
+
+
+class Capabilities(Record):
+    """CRI Capability: names with or without CAP_, or ALL."""
+
+    add: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    add_ambient: tuple[str, ...] = ()
+
+
+class ContainerConfig(Record):
+    """CRI ContainerConfig as far as it is honoured. `image` is the user's string, given back as it came."""
+
+    metadata: ContainerMetadata
+    image: str
+    user_specified_image: str = ""
+    image_annotations: dict[str, str] = {}
+    command: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+    working_dir: str = ""
+    envs: tuple[tuple[str, bytes], ...] = ()
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+    log_path: str = ""
+    stdin: bool = False
+    stdin_once: bool = False
+    tty: bool = False
+    resources: LinuxResources = LinuxResources()
+    capabilities: Capabilities = Capabilities()
+    namespaces: NamespaceOptions = NamespaceOptions()
+    run_as_user: int | None = None
+    run_as_group: int | None = None
+    run_as_username: str = ""
+    readonly_rootfs: bool = False
+    supplemental_groups: tuple[int, ...] = ()
+    no_new_privs: bool = False
+    masked_paths: tuple[str, ...] = ()
+    readonly_paths: tuple[str, ...] = ()
+    seccomp: SeccompKind = SeccompKind.UNSET
+    stop_signal: str = ""
+    """A CRI Signal name such as SIGTERM or SIGRTMIN+3; empty: the image's, else SIGTERM."""
+
+
+class ContainerState(StrEnum):
+    """CRI ContainerState."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    EXITED = "exited"
+    UNKNOWN = "unknown"
+
+
+class Reason(StrEnum):
+    """Why a container ended; the kubelet shows it to users."""
+
+    COMPLETED = "Completed"
+    ERROR = "Error"
+    OOM_KILLED = "OOMKilled"
+    START_ERROR = "StartError"
+    UNKNOWN = "Unknown"
+
+
+START_ERROR_CODE = 128
+"""Exit code of a container that could not be started, as containerd reports it."""
+
+UNKNOWN_CODE = 255
+"""Exit code of a container whose true one is lost with its VM, as containerd reports it."""
+
+
+class ContainerRecord(Record):
+    """Frozen at creation."""
+
+    id: str
+    sandbox_id: str
+    config: ContainerConfig
+    image_id: str
+    image_ref: str
+    created_at: int
+    log_path: str
+    layers: tuple[str, ...]
+    stop_signal: str
+
+
+class ContainerStatus(Record):
+    """The state is derived from the timestamps (nanoseconds since the epoch, host clock; 0 is not yet)."""
+
+    version: int = 0
+    prepared: bool = False
+    """The container was announced to the agent: rootfs and bundle exist in the guest."""
+    started_at: int = 0
+    finished_at: int = 0
+    exit_code: int = 0
+    reason: str = ""
+    message: str = ""
+    pid: int = 0
+    removing: bool = False
+
+    @property
+    def state(self) -> ContainerState:
+        if self.finished_at:
+            return ContainerState.EXITED
+        if self.started_at:
+            return ContainerState.RUNNING
+        return ContainerState.CREATED
+
+    def next(self, **changes: object) -> ContainerStatus:
+        return self.model_copy(update={"version": self.version + 1, **changes})
+
+
+class Container(Record):
+    """A container as lists and statuses see it."""
+
+    record: ContainerRecord
+    status: ContainerStatus
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+
+class ExecResult(Record):
+    """Outcome of an ExecSync."""
+
+    stdout: bytes
+    stderr: bytes
+    exit_code: int

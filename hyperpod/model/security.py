@@ -1,0 +1,48 @@
+"""Security and resource settings that pods and containers share (CRI v1 linux messages)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from hyperpod.model.base import Record
+
+
+class NamespaceMode(StrEnum):
+    """CRI NamespaceMode."""
+
+    POD = "POD"
+    CONTAINER = "CONTAINER"
+    NODE = "NODE"
+    TARGET = "TARGET"
+
+
+class NamespaceOptions(Record):
+    """CRI NamespaceOption, echoed by the statuses (the kubelet recreates the sandbox otherwise)."""
+
+    network: NamespaceMode = NamespaceMode.POD
+    pid: NamespaceMode = NamespaceMode.POD
+    ipc: NamespaceMode = NamespaceMode.POD
+    target_id: str = ""
+
+
+class SeccompKind(StrEnum):
+    """CRI SecurityProfile.ProfileType; UNSET is an absent message."""
+
+    UNSET = "unset"
+    RUNTIME_DEFAULT = "RuntimeDefault"
+    UNCONFINED = "Unconfined"
+    LOCALHOST = "Localhost"
+
+
+class LinuxResources(Record):
+    """CRI LinuxContainerResources: CPU in microseconds, memory in bytes, 0 is unset."""
+
+    cpu_period: int = 0
+    cpu_quota: int = 0
+    cpu_shares: int = 0
+    memory_limit: int = 0
+    memory_swap_limit: int = 0
+    oom_score_adj: int = 0
+    cpuset_cpus: str = ""
+    cpuset_mems: str = ""
+    unified: dict[str, str] = {}
