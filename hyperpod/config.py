@@ -1,0 +1,109 @@
+"""One validated configuration; each component is handed its own section (README lists every key).
+
+Sources, later ones win: defaults, the TOML file of `--config`, the command line.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from hyperpod.errors import InvalidArgument
+
+MAX_RUN_DIR = 60
+"""Bytes; a UNIX socket path holds 107 and libvirt's longest below the run folder takes 45."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class VmConfig(Section):
+    """How VMs are made. Sizes in MiB, times in seconds."""
+
+    kernel: Path = Path("/usr/share/hyperpod/kernel")
+    guest: Path = Path("/usr/share/hyperpod/guest")
+    accelerator: Literal["auto", "kvm", "tcg"] = "auto"
+    libvirt_uri: str = ""
+    """Empty: libvirt's driver inside the daemon; or for example qemu:///system."""
+    guest_base_mib: int = Field(default=96, ge=32)
+    """What the guest's kernel and agent take before any container."""
+    memory_floor_mib: int = Field(default=160, ge=32)
+    default_memory_mib: int = Field(default=416, ge=32)
+    """For containers, when the pod names no memory limit."""
+    default_vcpus: int = Field(default=1, ge=1, le=64)
+    max_vcpus: int = Field(default=8, ge=1, le=254)
+    max_memory_mib: int = Field(default=0, ge=0)
+    """Up to what a VM may be resized later; 0 is twice its size."""
+    scratch_mib: int = Field(default=10240, ge=64)
+    """Size of the sparse disk for the writable layers of a pod."""
+    boot_timeout: float = Field(default=90.0, gt=0)
+    uid_base: int = Field(default=1_500_000, ge=1000)
+    uid_count: int = Field(default=4096, ge=1)
+    """Each VM and its shim run as uid:gid of their own out of this range."""
+
+
+class ImageConfig(Section):
+    """Pulls and the store; see hyperpod.image.settings for what each bound protects."""
+
+    mirror: str = ""
+    """`host:port` that stands in for every registry host (the path is kept); for labs, air-gapped nodes."""
+    insecure_registries: tuple[str, ...] = ()
+    max_concurrent_pulls: int = Field(default=3, ge=1)
+    stall_timeout: float = Field(default=60.0, gt=0)
+
+
+class Config(Section):
+    """The whole configuration."""
+
+    state_dir: Path = Path("/var/lib/hyperpod")
+    run_dir: Path = Path("/run/hyperpod")
+    listen: str = ""
+    """CRI endpoint; empty: unix://<run_dir>/cri.sock."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    cgroup_driver: Literal["auto", "cgroupfs", "systemd"] = "auto"
+    sandbox_slots: int = Field(default=512, ge=1)
+    vm: VmConfig = VmConfig()
+    image: ImageConfig = ImageConfig()
+
+    @field_validator("run_dir")
+    @classmethod
+    def _short(cls, value: Path) -> Path:
+        if len(str(value)) > MAX_RUN_DIR:
+            raise ValueError(f"run_dir has {len(str(value))} bytes, {MAX_RUN_DIR} fit: sockets live below it")
+        return value
+
+    @field_validator("listen")
+    @classmethod
+    def _unix(cls, value: str) -> str:
+        if value and not value.startswith("unix:///"):
+            raise ValueError(f"listen is {value!r}; it must be unix:///an/absolute/path")
+        return value
+
+    @property
+    def socket_path(self) -> Path:
+        return Path(self.listen.removeprefix("unix://")) if self.listen else self.run_dir / "cri.sock"
+
+
+def load(path: Path | None, overrides: dict[str, Any]) -> Config:
+    """Read and validate. Raises InvalidArgument that names the file and the key."""
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(path.read_text())
+        except OSError as exc:
+            raise InvalidArgument(f"configuration {path}: {exc.strerror}") from exc
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+            raise InvalidArgument(f"configuration {path}: {exc}") from exc
+    data.update({k: v for k, v in overrides.items() if v is not None})
+    try:
+        return Config.model_validate(data)
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InvalidArgument(
+            f"configuration {path or 'from the command line'}: {key}: {first['msg']}"
+        ) from exc

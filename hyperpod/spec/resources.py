@@ -1,0 +1,55 @@
+"""From CRI resources to the size of a VM (DESIGN section 3).
+
+RAM = guest base + max(memory limit or default, floor), rounded up; vCPUs = ceil(quota / period), else the
+default. What is over the configured maximum of vCPUs is clamped and said; RAM beyond the host's is refused.
+"""
+
+from __future__ import annotations
+
+from hyperpod.errors import InvalidArgument
+from hyperpod.model.sandbox import VmSize
+from hyperpod.model.security import LinuxResources
+
+MIB = 1 << 20
+ROUND_MIB = 16
+DEFAULT_PERIOD = 100_000
+"""Microseconds; the kernel's default CFS period, meant where a quota comes without one."""
+
+
+def vm_size(
+    resources: LinuxResources,
+    overhead: LinuxResources,
+    *,
+    base_mib: int,
+    floor_mib: int,
+    default_mib: int,
+    default_vcpus: int,
+    max_vcpus: int,
+    max_memory_mib: int,
+    host_memory_mib: int,
+    host_cpus: int,
+) -> VmSize:
+    """Decide a VM's size. Raises InvalidArgument when its RAM would exceed the host's."""
+    wanted = -(-resources.memory_limit // MIB) if resources.memory_limit > 0 else default_mib
+    extra = -(-overhead.memory_limit // MIB) if overhead.memory_limit > 0 else 0
+    memory = base_mib + max(wanted, floor_mib) + extra
+    memory = -(-memory // ROUND_MIB) * ROUND_MIB
+    if memory > host_memory_mib:
+        raise InvalidArgument(
+            f"the pod asks for {wanted} MiB, so for a VM of {memory} MiB; this host has {host_memory_mib} MiB"
+        )
+    vcpus = default_vcpus
+    if resources.cpu_quota > 0:
+        vcpus = -(-resources.cpu_quota // (resources.cpu_period or DEFAULT_PERIOD))
+    limit = min(max_vcpus, max(host_cpus, 1))
+    clamped = min(max(vcpus, 1), limit)
+    reason = f"{base_mib} base + max({wanted}, {floor_mib})" + (f" + {extra} overhead" if extra else "")
+    if clamped != vcpus:
+        reason += f"; {vcpus} vCPUs asked for, {limit} is the most here"
+    return VmSize(
+        memory_mib=memory,
+        vcpus=clamped,
+        max_memory_mib=min(max(max_memory_mib, memory) if max_memory_mib else 2 * memory, host_memory_mib),
+        max_vcpus=max(limit, clamped),
+        reason=reason,
+    )

@@ -1,0 +1,1 @@
+"""Durable records below the state folder (DESIGN section 8)."""
