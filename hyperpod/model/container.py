@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from hyperpod.model.base import Record
+from hyperpod.model.images import ImageConfig
 from hyperpod.model.security import LinuxResources, NamespaceOptions, SeccompKind
 
 
@@ -94,6 +95,8 @@ class ContainerRecord(Record):
     log_path: str
     layers: tuple[str, ...]
     stop_signal: str
+    image_config: ImageConfig
+    """A copy: the image may be removed while the container lives."""
 
 
 class ContainerStatus(Record):

@@ -1,0 +1,31 @@
+"""`hyperpod doctor`: what this host has, what it lacks, and the one-line mend."""
+
+from __future__ import annotations
+
+import argparse
+
+from hyperpod.daemon_args import config_of
+from hyperpod.errors import HyperpodError
+from hyperpod.hypervisor.doctor import checks
+from hyperpod.sandbox import artifacts
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit code 0 when all that is required is there."""
+    config = config_of(args)
+    missing = 0
+    for check in checks(config.vm.accelerator):
+        print(f"{'ok     ' if check.found else 'MISSING'} {check.name}: {check.detail}")
+        if not check.found and check.required:
+            missing += 1
+            print(f"        mend: {check.mend}")
+    for what, find, folder in (
+        ("guest kernel", artifacts.kernel, config.vm.kernel),
+        ("guest image", artifacts.guest, config.vm.guest),
+    ):
+        try:
+            print(f"ok      {what}: {find(folder).version}")
+        except HyperpodError as exc:
+            missing += 1
+            print(f"MISSING {what}: {exc}")
+    return 1 if missing else 0

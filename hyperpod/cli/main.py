@@ -1,0 +1,67 @@
+"""`hyperpod COMMAND`: serve, run, load, doctor. Heavy imports happen in the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from hyperpod import __version__
+from hyperpod.errors import HyperpodError
+
+DEFAULT_ENDPOINT = "unix:///run/hyperpod/cri.sock"
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="hyperpod", description="A CRI runtime with a VM per pod.")
+    top.add_argument("--version", action="version", version=f"hyperpod {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run the runtime in the foreground")
+    from hyperpod.daemon_args import arguments
+
+    arguments(serve)
+
+    run = commands.add_parser("run", help="run an image in a pod of its own, print its output, remove it")
+    run.add_argument("--endpoint", default=DEFAULT_ENDPOINT, metavar="unix://PATH")
+    run.add_argument("--pull", choices=("missing", "always", "never"), default="missing")
+    run.add_argument("--handler", default="", help="CRI runtime handler")
+    run.add_argument("--memory", type=int, default=0, metavar="MIB", help="memory limit of the pod")
+    run.add_argument("--env", action="append", default=[], metavar="K=V")
+    run.add_argument("--timings", action="store_true", help="print how long each phase took")
+    run.add_argument("image")
+    run.add_argument("argv", nargs=argparse.REMAINDER, metavar="CMD")
+
+    loading = commands.add_parser("load", help="take an OCI layout or a docker archive into the store")
+    loading.add_argument("--endpoint", default=DEFAULT_ENDPOINT, metavar="unix://PATH")
+    loading.add_argument("file", metavar="FILE")
+
+    doctor = commands.add_parser("doctor", help="check what this host has and lacks")
+    arguments(doctor)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    raw = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(raw)
+    try:
+        if args.command == "serve":
+            from hyperpod.supervisor.main import main as supervise
+
+            return supervise(raw[1:])
+        if args.command == "run":
+            from hyperpod.cli.run import main as run
+
+            return run(args)
+        if args.command == "load":
+            from hyperpod.cli.load import main as load
+
+            return load(args)
+        from hyperpod.cli.doctor import main as doctor
+
+        return doctor(args)
+    except HyperpodError as exc:
+        print(f"hyperpod: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,383 @@
+"""CreateContainer to RemoveContainer, and what a sandbox's life does to its containers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+
+from hyperpod import failpoints
+from hyperpod.agentclient.types import ContainerInfo, Layer
+from hyperpod.container import process, signals
+from hyperpod.container.live import LiveContainer
+from hyperpod.container.logfile import log_path, open_log
+from hyperpod.container.stop import Stopper
+from hyperpod.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    HyperpodError,
+    ImageError,
+    InvalidArgument,
+    NotFound,
+)
+from hyperpod.image.store import ImageStore
+from hyperpod.model.base import now_ns
+from hyperpod.model.container import (
+    START_ERROR_CODE,
+    UNKNOWN_CODE,
+    Container,
+    ContainerConfig,
+    ContainerRecord,
+    ContainerState,
+    ContainerStatus,
+    Reason,
+)
+from hyperpod.model.images import Image
+from hyperpod.model.sandbox import SandboxConfig
+from hyperpod.sandbox.disks import serial_of
+from hyperpod.sandbox.live import LiveSandbox
+from hyperpod.sandbox.manager import SandboxManager
+from hyperpod.spec.oci import build_spec
+from hyperpod.store.index import IdIndex
+from hyperpod.store.records import RecordStore
+from hyperpod.tasks import Operations, TaskOwner
+
+log = logging.getLogger(__name__)
+
+LOG_DRAIN = 10.0
+"""Seconds that an exit waits for the container's last output to be in its log."""
+
+KILL_ALL = 5.0
+"""Seconds that stopping a sandbox gives its containers to die of SIGKILL before the VM goes."""
+
+
+class ContainerManager:
+    """All containers of this daemon. Public coroutines raise hyperpod errors only."""
+
+    def __init__(
+        self,
+        store: RecordStore[ContainerRecord, ContainerStatus],
+        sandboxes: SandboxManager,
+        images: ImageStore,
+        owner: TaskOwner,
+    ) -> None:
+        self.store, self.sandboxes, self.images, self.owner = store, sandboxes, images, owner
+        self.index: IdIndex[LiveContainer] = IdIndex("container")
+        self._names: dict[tuple[str, str, int], str] = {}
+        self._operations = Operations(owner)
+        self._stopper = Stopper(sandboxes, self.vm_unresponsive)
+
+    # -- queries ------------------------------------------------------------------------------------------
+
+    def get(self, ident: str) -> Container:
+        """By id or unique prefix. Raises NotFound."""
+        return self.index.get(ident).view()
+
+    def all(self) -> list[Container]:
+        return [c.view() for c in self.index.values()]
+
+    def of(self, sandbox_id: str) -> list[LiveContainer]:
+        return [c for c in self.index.values() if c.sandbox_id == sandbox_id]
+
+    # -- create -------------------------------------------------------------------------------------------
+
+    async def create(self, sandbox_id: str, config: ContainerConfig, pod: SandboxConfig | None = None) -> str:
+        """Prepare a container and return its id; a retry with the identical configuration joins."""
+        sandbox = self.sandboxes.live(sandbox_id)
+        sandbox.need_ready()
+        key = (sandbox.id, config.metadata.name, config.metadata.attempt)
+        if (known := self._names.get(key)) is not None:
+            other = self.index.get(known)
+            if other.record.config == config and other.state is ContainerState.CREATED:
+                return known
+            raise AlreadyExists(
+                f"the name {config.metadata.name} attempt {key[2]} is taken by container {known}"
+            )
+        name = f"create/{sandbox.id}/{key[1]}/{key[2]}"
+        return await self._operations.run(name, lambda: self._create(sandbox, config))
+
+    async def _create(self, sandbox: LiveSandbox, config: ContainerConfig) -> str:
+        image = self.images.get(config.image)
+        if image is None:
+            raise NotFound(f"image {config.image[:200]!r} is not here; pull it first")
+        ident = secrets.token_hex(32)
+        record = self._record(ident, sandbox, config, image)
+        spec = build_spec(process.spec_input(record))
+        container = LiveContainer(record, ContainerStatus())
+        layers = self.images.lease(image.id, ident)
+        try:
+            await self.store.create(ident, record, container.status)
+            self._add(container)
+            failpoints.passing("container.recorded")
+            await sandbox.disks.attach(layers, ident)
+            failpoints.passing("container.layers")
+            agent = await sandbox.session.client()
+            await agent.create_container(
+                ident,
+                oci_spec=spec,
+                layers=[Layer(serial=serial_of(x.name), path="", fstype=x.fstype) for x in layers],
+                tty=config.tty,
+                stdin=config.stdin,
+                stdin_once=config.stdin_once,
+            )
+            await self._start_log(container, sandbox)
+            await self._set(container, prepared=True)
+            failpoints.passing("container.prepared")
+        except (HyperpodError, OSError):
+            await self._discard(container, sandbox)
+            raise
+        return ident
+
+    def _record(
+        self, ident: str, sandbox: LiveSandbox, config: ContainerConfig, image: Image
+    ) -> ContainerRecord:
+        stop_signal = config.stop_signal or image.config.stop_signal or "SIGTERM"
+        signals.number(stop_signal)
+        return ContainerRecord(
+            id=ident,
+            sandbox_id=sandbox.id,
+            config=config,
+            image_id=image.id,
+            image_ref=image.id,
+            created_at=now_ns(),
+            log_path=log_path(sandbox.record.config.log_directory, config.log_path),
+            layers=tuple(layer.name for layer in image.layers),
+            stop_signal=stop_signal,
+            image_config=image.config,
+        )
+
+    def _add(self, container: LiveContainer) -> None:
+        self.index.add(container.id, container)
+        self._names[container.name_key] = container.id
+
+    async def _discard(self, container: LiveContainer, sandbox: LiveSandbox) -> None:
+        """Undo a create that failed; what the guest has is told to go, if it listens."""
+        with contextlib.suppress(HyperpodError):
+            await (await sandbox.session.client(timeout=1.0)).remove_container(container.id)
+        await self._release(container, sandbox)
+        await self._forget(container)
+
+    async def _start_log(self, container: LiveContainer, sandbox: LiveSandbox) -> None:
+        fd = open_log(container.record.log_path) if container.record.log_path else None
+        try:
+            await sandbox.need_shim().log_start(container.id, tty=container.record.config.tty, fd=fd)
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    # -- start --------------------------------------------------------------------------------------------
+
+    async def start(self, ident: str) -> None:
+        """Run a created container. A failure leaves it EXITED with reason StartError and code 128."""
+        container = self.index.get(ident)
+        await self._operations.run(f"start/{container.id}", lambda: self._start(container))
+
+    async def _start(self, container: LiveContainer) -> None:
+        async with container.lock:
+            if container.state is not ContainerState.CREATED or container.status.removing:
+                raise FailedPrecondition(
+                    f"container {container.short} is {container.state.value}, not created"
+                )
+            sandbox = self.sandboxes.live(container.sandbox_id)
+            sandbox.need_ready()
+            failpoints.passing("container.started")
+            try:
+                pid = await (await sandbox.session.client()).start_container(container.id)
+            except HyperpodError as exc:
+                now = now_ns()
+                await self._finish(
+                    container, START_ERROR_CODE, Reason.START_ERROR, str(exc), now, started_at=now
+                )
+                raise
+            if not container.status.finished_at:
+                await self._set(container, started_at=container.status.started_at or now_ns(), pid=pid)
+            failpoints.passing("container.running")
+
+    # -- exits --------------------------------------------------------------------------------------------
+
+    async def container_exited(self, sandbox: LiveSandbox, info: ContainerInfo) -> None:
+        """The agent's report: first the log is complete, then the exit is told."""
+        container = self.index.find(info.id)
+        if container is None or container.sandbox_id != sandbox.id or container.status.finished_at:
+            return
+        try:
+            result = await sandbox.need_shim().log_finish(container.id, timeout=LOG_DRAIN)
+            if not result.complete or result.gap_bytes:
+                log.warning("container %s: its log misses output: %s", container.short, result)
+        except HyperpodError as exc:
+            log.warning("container %s: end of log not confirmed: %s", container.short, exc)
+        if info.oom_killed:
+            reason = Reason.OOM_KILLED
+        else:
+            reason = Reason.COMPLETED if info.exit_code == 0 else Reason.ERROR
+        started = container.status.started_at or container.record.created_at
+        finished = min(max(info.finished_at_ns, started), now_ns())
+        await self._finish(container, info.exit_code, reason, "", finished, started_at=started)
+        failpoints.passing("container.exited")
+
+    async def _finish(
+        self, container: LiveContainer, code: int, reason: Reason, message: str, at: int, *, started_at: int
+    ) -> None:
+        if container.status.finished_at:
+            return
+        await self._set(
+            container,
+            exit_code=code,
+            reason=reason.value,
+            message=message[:4096],
+            finished_at=at,
+            started_at=started_at,
+            pid=0,
+        )
+        container.exited.set()
+        log.info("container %s exited: code %d, %s", container.short, code, reason.value)
+
+    # -- stop and remove ----------------------------------------------------------------------------------
+
+    async def stop(self, ident: str, timeout: int) -> None:
+        """Stop signal, then SIGKILL after `timeout` seconds (0: at once); unknown ids are fine."""
+        if (container := self.index.find(ident)) is None:
+            return
+        if container.state is ContainerState.CREATED:
+            await self._operations.wait(f"start/{container.id}")
+        if container.state is ContainerState.RUNNING:
+            await self._stopper.stop(container, timeout)
+
+    async def vm_unresponsive(self, sandbox_id: str) -> None:
+        """The guest does not even deliver SIGKILL: the VM itself is stopped."""
+        log.error("sandbox %s: its guest does not react; stopping the VM", sandbox_id[:12])
+        await self.sandboxes.stop(sandbox_id)
+
+    async def remove(self, ident: str) -> None:
+        """Kills first when needed; unknown ids are fine."""
+        if (container := self.index.find(ident)) is None:
+            return
+        await self.stop(container.id, 0)
+        await self._operations.run(f"remove/{container.id}", lambda: self._remove(container))
+
+    async def _remove(self, container: LiveContainer) -> None:
+        async with container.lock:
+            if self.index.find(container.id) is None:
+                return
+            await self._set(container, removing=True)
+            failpoints.passing("container.removing")
+            sandbox = self.sandboxes.index.find(container.sandbox_id)
+            if sandbox is not None and sandbox.ready:
+                agent = await sandbox.session.client()
+                await agent.remove_container(container.id)
+                with contextlib.suppress(HyperpodError):
+                    await sandbox.need_shim().log_stop(container.id)
+            await self._release(container, sandbox)
+            await self._forget(container)
+
+    async def _release(self, container: LiveContainer, sandbox: LiveSandbox | None) -> None:
+        """Give the layers back: umount in the guest, detach from the VM, drop the lease."""
+        if sandbox is not None:
+            unused = sandbox.disks.unused_after(container.id)
+            if sandbox.ready and unused:
+                try:
+                    await (await sandbox.session.client(timeout=1.0)).forget_layers(unused)
+                except HyperpodError as exc:
+                    log.warning("sandbox %s: layers stay mounted: %s", sandbox.short, exc)
+            await sandbox.disks.release(container.id, detach=sandbox.ready)
+        self.images.release(container.id)
+
+    async def _forget(self, container: LiveContainer) -> None:
+        await self.store.delete(container.id)
+        self.index.discard(container.id)
+        if self._names.get(container.name_key) == container.id:
+            del self._names[container.name_key]
+
+    async def _set(self, container: LiveContainer, **changes: object) -> None:
+        status = container.status.next(**changes)
+        container.status = status
+        await self.store.update(container.id, status)
+
+    # -- logs ---------------------------------------------------------------------------------------------
+
+    async def reopen_log(self, ident: str) -> None:
+        """After a rotation: the writes after this call go to a new file at the old path."""
+        container = self.index.get(ident)
+        if container.state is not ContainerState.RUNNING:
+            raise FailedPrecondition(f"container {container.short} is {container.state.value}, not running")
+        if not container.record.log_path:
+            raise FailedPrecondition(f"container {container.short} has no log_path")
+        fd = open_log(container.record.log_path)
+        try:
+            await self.sandboxes.live(container.sandbox_id).need_shim().log_reopen(container.id, fd)
+        finally:
+            os.close(fd)
+
+    # -- what the sandbox's life does (SandboxListener) ---------------------------------------------------
+
+    async def sandbox_stopping(self, sandbox: LiveSandbox) -> None:
+        running = [c for c in self.of(sandbox.id) if c.state is ContainerState.RUNNING]
+        if not running:
+            return
+        try:
+            async with asyncio.timeout(KILL_ALL):
+                agent = await sandbox.session.client(timeout=2.0)
+                await asyncio.gather(*(agent.signal_container(c.id, 9, all_processes=True) for c in running))
+                await asyncio.gather(*(c.exited.wait() for c in running))
+        except (TimeoutError, HyperpodError) as exc:
+            log.warning("sandbox %s: containers outlive SIGKILL: %s", sandbox.short, exc or "timeout")
+
+    async def sandbox_stopped(self, sandbox: LiveSandbox, detail: str) -> None:
+        message = f"the pod's virtual machine ended: {detail}" if detail else "the pod was stopped"
+        for container in self.of(sandbox.id):
+            if container.state is not ContainerState.EXITED:
+                started = container.status.started_at or now_ns()
+                await self._finish(
+                    container, UNKNOWN_CODE, Reason.UNKNOWN, message, now_ns(), started_at=started
+                )
+            await self._release(container, sandbox)
+
+    async def sandbox_removing(self, sandbox: LiveSandbox) -> None:
+        for container in self.of(sandbox.id):
+            await self.remove(container.id)
+
+    async def connected(self, sandbox: LiveSandbox) -> None:
+        """Agent and shim are there (again): logs flow, and what happened meanwhile is learnt."""
+        for container in self.of(sandbox.id):
+            if container.status.prepared and not container.status.finished_at:
+                try:
+                    await self._start_log(container, sandbox)
+                except HyperpodError as exc:
+                    log.warning("container %s: its log does not flow: %s", container.short, exc)
+        agent = await sandbox.session.client()
+        known = {info.id: info for info in await agent.list_containers()}
+        for container in self.of(sandbox.id):
+            info = known.get(container.id)
+            if container.status.finished_at:
+                continue
+            if info is None and container.status.prepared:
+                await self._finish(
+                    container, UNKNOWN_CODE, Reason.UNKNOWN, "the guest does not know it any more", now_ns(),
+                    started_at=container.status.started_at or now_ns(),
+                )  # fmt: skip
+            elif info is None:
+                await self._discard(container, sandbox)
+            elif info.exited:
+                await self.container_exited(sandbox, info)
+            elif info.running and not container.status.started_at:
+                await self._set(container, started_at=min(info.started_at_ns, now_ns()), pid=info.pid)
+
+    # -- recovery -----------------------------------------------------------------------------------------
+
+    async def adopt(self, record: ContainerRecord, status: ContainerStatus) -> None:
+        """Put a loaded container into memory; its sandbox is there already."""
+        container = LiveContainer(record, status)
+        self._add(container)
+        sandbox = self.sandboxes.index.find(record.sandbox_id)
+        if sandbox is None:
+            await self._forget(container)
+            return
+        if not sandbox.ready:
+            return
+        sandbox.disks.adopt(record.layers, record.id)
+        try:
+            self.images.lease(record.image_id, record.id)
+        except (ImageError, NotFound, InvalidArgument) as exc:
+            log.warning("container %s: its image is gone: %s", container.short, exc)

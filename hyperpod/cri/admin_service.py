@@ -1,0 +1,23 @@
+"""The operator's RPCs beside CRI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hyperpod.api.gen.hyperpod.admin.v1 import AdminBase, LoadedImage, LoadRequest, LoadResponse
+from hyperpod.cri.ports import Ports
+from hyperpod.errors import InvalidArgument
+
+
+class AdminService(AdminBase):
+    """Served on the CRI socket, whose peers are root anyway."""
+
+    def __init__(self, ports: Ports) -> None:
+        self._ports = ports
+
+    async def load(self, message: LoadRequest) -> LoadResponse:
+        path = Path(message.path)
+        if not path.is_absolute():
+            raise InvalidArgument(f"path {message.path[:200]!r} is not absolute")
+        images = await self._ports.images.load(path)
+        return LoadResponse(images=[LoadedImage(id=image.id, tags=list(image.repo_tags)) for image in images])

@@ -1,0 +1,102 @@
+"""Start-up: records and domains are joined, and each object is brought to a state that is true.
+
+Both: adopt, within 10 s an object. Record only: NOTREADY, containers EXITED. Domain only and ours: destroy.
+Unreadable record: set aside by the store and reported here. After a host reboot (another boot id) nothing can
+be running, whatever the volatile folders say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from pathlib import Path
+
+from hyperpod.container.manager import ContainerManager
+from hyperpod.errors import HyperpodError
+from hyperpod.sandbox.live import LiveSandbox
+from hyperpod.sandbox.manager import SandboxManager
+from hyperpod.supervisor.client import SupervisorClient
+
+log = logging.getLogger(__name__)
+
+PER_OBJECT = 10.0
+"""Seconds after which one object's recovery is given up and retried as a stop."""
+
+AT_ONCE = 8
+
+
+class Recovery:
+    """Runs once, before the CRI socket listens."""
+
+    def __init__(
+        self, sandboxes: SandboxManager, containers: ContainerManager, supervisor: SupervisorClient
+    ) -> None:
+        self.sandboxes, self.containers, self.supervisor = sandboxes, containers, supervisor
+
+    async def run(self) -> None:
+        records, _ = await self.sandboxes.store.load()
+        container_records, _ = await self.containers.store.load()
+        live = [self.sandboxes.adopt(record, status) for record, status in records.values()]
+        for container, container_status in container_records.values():
+            await self.containers.adopt(container, container_status)
+        running = await self._domains()
+        gate = asyncio.Semaphore(AT_ONCE)
+
+        async def one(sandbox: LiveSandbox) -> None:
+            async with gate:
+                await self._recover(sandbox, running)
+
+        await asyncio.gather(*(one(sandbox) for sandbox in live))
+        await self._sweep(live)
+        if live or container_records:
+            log.info(
+                "recovered %d sandboxes, %d containers", len(self.sandboxes.index), len(self.containers.index)
+            )
+
+    async def _domains(self) -> set[str]:
+        """Domains of this instance that run and have a record; the others are destroyed."""
+        running: set[str] = set()
+        for info in await self.sandboxes.builder.hypervisor.list():
+            if not info.ours:
+                continue
+            if self.sandboxes.index.find(info.sandbox_id) is None:
+                log.warning("domain %s has no record; destroying it", info.name)
+                await self.sandboxes.builder.hypervisor.destroy(info.name)
+            elif info.running:
+                running.add(info.name)
+        return running
+
+    async def _recover(self, sandbox: LiveSandbox, running: set[str]) -> None:
+        rebooted = sandbox.record.host_boot_id != self.sandboxes.boot_id
+        alive = sandbox.record.domain in running and not rebooted
+        why = "the host was rebooted" if rebooted else "its VM was gone when the daemon started"
+        try:
+            async with asyncio.timeout(PER_OBJECT):
+                await self.sandboxes.recover(sandbox, running=alive, why_not=why)
+        except (HyperpodError, TimeoutError, OSError) as exc:
+            log.error("sandbox %s could not be recovered, stopping it: %s", sandbox.short, exc or "timeout")
+            sandbox.gone_detail = f"it could not be recovered: {exc or 'timeout'}"
+            sandbox.gone.set()
+            try:
+                await self.sandboxes.stop(sandbox.id)
+            except (HyperpodError, OSError) as stop_exc:
+                log.error("sandbox %s cannot be stopped either: %s", sandbox.short, stop_exc)
+
+    async def _sweep(self, live: list[LiveSandbox]) -> None:
+        """Shims and folders of sandboxes that nobody knows."""
+        known = {s.id for s in self.sandboxes.index.values()}
+        for sandbox_id in await self.supervisor.list_ids():
+            if sandbox_id not in known:
+                await self.supervisor.drop(sandbox_id)
+        folders = {s.directory.name for s in live if s.ready}
+        root = self.sandboxes.config.run_dir / "s"
+        if root.is_dir():
+            for folder in root.iterdir():
+                if folder.name not in folders:
+                    await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        scratch = self.sandboxes.config.state_dir / "scratch"
+        if scratch.is_dir():
+            for file in scratch.glob("*.raw"):
+                if Path(file).stem not in known:
+                    file.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Sandboxes: places where an agent runs. Today a virtual machine (DESIGN section 1)."""

@@ -1,0 +1,183 @@
+"""The steps that make a VM sandbox, each undone by the stack when a later one fails."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import logging
+import os
+import shutil
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from hyperpod import failpoints
+from hyperpod.agentclient.types import HelloInfo
+from hyperpod.config import Config
+from hyperpod.errors import BootError, DeadlineExceeded, HyperpodError
+from hyperpod.hypervisor.base import Hypervisor
+from hyperpod.hypervisor.scratch import ScratchDisks
+from hyperpod.logs import printable
+from hyperpod.model.base import now_ns
+from hyperpod.sandbox.live import LiveSandbox
+from hyperpod.sandbox.phases import Phases
+from hyperpod.shimclient.client import ShimClient
+from hyperpod.spec.domain import DomainSpec
+from hyperpod.supervisor.client import SupervisorClient
+
+log = logging.getLogger(__name__)
+
+SHIM_TIMEOUT = 20.0
+"""Seconds for a shim to listen: a fork, plus what a loaded host adds."""
+
+DESTROY_TIMEOUT = 30.0
+
+
+class VmBuilder:
+    """Makes and unmakes the host-side things of one VM."""
+
+    def __init__(
+        self,
+        config: Config,
+        hypervisor: Hypervisor,
+        supervisor: SupervisorClient,
+        scratch: ScratchDisks,
+        instance_id: str,
+    ) -> None:
+        self.config, self.hypervisor, self.supervisor = config, hypervisor, supervisor
+        self.scratch, self.instance_id = scratch, instance_id
+
+    def scratch_path(self, sandbox: LiveSandbox) -> Path:
+        return self.config.state_dir / "scratch" / f"{sandbox.id}.raw"
+
+    async def build(self, sandbox: LiveSandbox) -> tuple[HelloInfo, Phases]:
+        """From a written record to an agent that answers. Raises BootError; then nothing is left."""
+        phases, record = Phases(), sandbox.record
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(self.tear_down, sandbox)
+            try:
+                with phases("scratch"):
+                    await self.scratch.create(
+                        self.scratch_path(sandbox), self.config.vm.scratch_mib, record.uid, record.gid
+                    )
+                    failpoints.passing("sandbox.scratch")
+                with phases("shim"):
+                    self.make_directory(sandbox)
+                    await self.start_shim(sandbox, resume=False)
+                    failpoints.passing("sandbox.shim")
+                with phases("domain"):
+                    await self.hypervisor.create(self.domain_spec(sandbox))
+                    failpoints.passing("sandbox.domain")
+                with phases("kernel+agent"):
+                    hello = await self.wait_for_agent(sandbox)
+                    failpoints.passing("sandbox.agent")
+            except BootError as exc:
+                raise BootError(exc.phase, exc.cause, exc.console or await self.console(sandbox)) from exc
+            undo.pop_all()
+        return hello, phases
+
+    def make_directory(self, sandbox: LiveSandbox) -> None:
+        """The shim's folder: 0700 and the sandbox user's before any socket is made in it."""
+        shutil.rmtree(sandbox.directory, ignore_errors=True)
+        sandbox.directory.parent.mkdir(parents=True, exist_ok=True, mode=0o711)
+        sandbox.directory.mkdir(mode=0o700)
+        os.chown(sandbox.directory, sandbox.record.uid, sandbox.record.gid)
+
+    async def start_shim(self, sandbox: LiveSandbox, *, resume: bool) -> None:
+        """Fork the shim and connect to it."""
+        await self.supervisor.spawn_shim(
+            sandbox_id=sandbox.id,
+            directory=str(sandbox.directory),
+            uid=sandbox.record.uid,
+            gid=sandbox.record.gid,
+            cid=sandbox.record.cid,
+            device=sandbox.record.vsock == "vhost-user",
+            resume=resume,
+        )
+        await self.connect_shim(sandbox)
+
+    async def connect_shim(self, sandbox: LiveSandbox) -> None:
+        """Connect to a running shim and tell it where its agent is."""
+        shim = ShimClient(str(sandbox.directory / "control.sock"))
+        await shim.connect(timeout=SHIM_TIMEOUT)
+        await shim.agent(sandbox.endpoint, sandbox.record.token)
+        sandbox.shim = shim
+
+    def domain_spec(self, sandbox: LiveSandbox) -> DomainSpec:
+        record, size = sandbox.record, sandbox.record.size
+        return DomainSpec(
+            name=record.domain,
+            uuid=record.domain_uuid,
+            instance_id=self.instance_id,
+            sandbox_id=record.id,
+            memory_mib=size.memory_mib,
+            max_memory_mib=size.max_memory_mib,
+            vcpus=size.vcpus,
+            max_vcpus=size.max_vcpus,
+            accelerator=self.hypervisor.facts().accelerator,
+            kernel=record.kernel.path,
+            initrd=record.kernel.initrd or None,
+            cmdline=f"{record.kernel.cmdline} {record.guest.cmdline}".strip(),
+            root=record.guest.path,
+            scratch=str(self.scratch_path(sandbox)),
+            console_socket=str(sandbox.directory / "console.sock"),
+            vsock_socket=str(sandbox.directory / "vhost.sock") if record.vsock == "vhost-user" else None,
+            vsock_cid=record.cid if record.vsock == "kernel" else None,
+            uid=record.uid,
+            gid=record.gid,
+        )
+
+    async def wait_for_agent(self, sandbox: LiveSandbox) -> HelloInfo:
+        """Dial until the agent answers, the VM dies, or the boot timeout is over."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.config.vm.boot_timeout
+        connect = loop.create_task(
+            sandbox.session.connect(deadline, claim=True), name=f"boot/{sandbox.short}"
+        )
+        gone = loop.create_task(sandbox.gone.wait(), name=f"boot-gone/{sandbox.short}")
+        try:
+            await asyncio.wait({connect, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not connect.done():
+                raise BootError("kernel+agent", f"the VM ended: {sandbox.gone_detail or 'no reason given'}")
+            client = await connect
+            return await client.hello(
+                host_time_ns=now_ns(),
+                entropy=os.urandom(64),
+                hostname=sandbox.record.config.hostname or sandbox.record.config.metadata.name,
+                sysctls=sandbox.record.config.sysctls,
+            )
+        finally:
+            for task in (connect, gone):
+                task.cancel()
+            await asyncio.gather(connect, gone, return_exceptions=True)
+
+    async def console(self, sandbox: LiveSandbox) -> str:
+        """The last lines of the guest's console, escaped; empty when there is no shim to ask."""
+        if sandbox.shim is None:
+            return ""
+        try:
+            return printable(base64.b64decode(await sandbox.shim.console()), 2048).strip()
+        except (HyperpodError, ValueError):
+            return ""
+
+    async def tear_down(self, sandbox: LiveSandbox) -> None:
+        """Undo everything on the host; safe to repeat. Raises only when the VM cannot be destroyed."""
+        await sandbox.session.close()
+        try:
+            async with asyncio.timeout(DESTROY_TIMEOUT):
+                await self.hypervisor.destroy(sandbox.record.domain)
+        except TimeoutError as exc:
+            raise DeadlineExceeded(f"VM {sandbox.record.domain} could not be destroyed") from exc
+        failpoints.passing("sandbox.destroyed")
+        await self.end_shim(sandbox)
+        await asyncio.to_thread(shutil.rmtree, sandbox.directory, ignore_errors=True)
+        await self.scratch.remove(self.scratch_path(sandbox))
+
+    async def end_shim(self, sandbox: LiveSandbox) -> None:
+        """Ask the shim to leave, then have the supervisor make sure of it and drop what it stored."""
+        shim, sandbox.shim = sandbox.shim, None
+        if shim is not None:
+            with contextlib.suppress(HyperpodError):
+                await shim.shutdown()
+            await shim.close()
+        await self.supervisor.drop(sandbox.id)

@@ -1,0 +1,83 @@
+"""One sandbox in the daemon's memory, and what others may hook into its life."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Protocol
+
+from hyperpod.agentclient.types import ContainerInfo
+from hyperpod.errors import FailedPrecondition
+from hyperpod.model.sandbox import Sandbox, SandboxPhase, SandboxRecord, SandboxStatus
+from hyperpod.sandbox.disks import LayerDisks
+from hyperpod.sandbox.session import AgentSession
+from hyperpod.shimclient.client import ShimClient
+from hyperpod.vsock.dial import Endpoint, HybridEndpoint, KernelEndpoint
+
+
+class LiveSandbox:
+    """Record, status, connections. Only the SandboxManager changes it."""
+
+    def __init__(
+        self, record: SandboxRecord, status: SandboxStatus, run_dir: Path, disks: LayerDisks
+    ) -> None:
+        self.record, self.status, self.disks = record, status, disks
+        self.directory = run_dir / "s" / record.id[:12]
+        self.session = AgentSession(record.id, self.endpoint, record.token)
+        self.shim: ShimClient | None = None
+        self.gone = asyncio.Event()
+        self.gone_detail = ""
+        self.tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def short(self) -> str:
+        return self.record.id[:12]
+
+    @property
+    def endpoint(self) -> Endpoint:
+        if self.record.vsock == "kernel":
+            return KernelEndpoint(self.record.cid)
+        return HybridEndpoint(str(self.directory / "vsock.sock"))
+
+    @property
+    def ready(self) -> bool:
+        return self.status.phase is SandboxPhase.READY
+
+    def view(self) -> Sandbox:
+        return Sandbox(record=self.record, status=self.status)
+
+    def need_ready(self) -> None:
+        """Raises FailedPrecondition unless the sandbox is ready."""
+        if not self.ready:
+            raise FailedPrecondition(f"sandbox {self.short} is {self.status.phase.value}, not ready")
+
+    def need_shim(self) -> ShimClient:
+        """The shim's control connection. Raises FailedPrecondition when it is being replaced."""
+        if self.shim is None:
+            raise FailedPrecondition(
+                f"sandbox {self.short}: its shim is not there (being replaced?); try again"
+            )
+        return self.shim
+
+
+class SandboxListener(Protocol):
+    """What the containers of a sandbox need to know; implemented by the container manager."""
+
+    async def sandbox_stopping(self, sandbox: LiveSandbox) -> None:
+        """The VM still runs: end its containers. Bounded by the implementation."""
+
+    async def sandbox_stopped(self, sandbox: LiveSandbox, detail: str) -> None:
+        """The VM is gone: no container of it can be running."""
+
+    async def sandbox_removing(self, sandbox: LiveSandbox) -> None:
+        """Forget its containers."""
+
+    async def container_exited(self, sandbox: LiveSandbox, info: ContainerInfo) -> None:
+        """The agent reports an exit."""
+
+    async def connected(self, sandbox: LiveSandbox) -> None:
+        """Agent and shim are connected (again): reconcile."""

@@ -1,0 +1,324 @@
+"""RunPodSandbox to RemovePodSandbox: one owner of every sandbox's record, status and life."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import uuid
+from pathlib import Path
+
+from hyperpod import failpoints
+from hyperpod.config import Config
+from hyperpod.errors import AlreadyExists, HyperpodError, InvalidArgument
+from hyperpod.hypervisor.base import DomainEvent
+from hyperpod.model.base import now_ns
+from hyperpod.model.sandbox import (
+    Sandbox,
+    SandboxConfig,
+    SandboxPhase,
+    SandboxRecord,
+    SandboxStatus,
+    VmSize,
+)
+from hyperpod.model.security import NamespaceMode
+from hyperpod.sandbox import artifacts
+from hyperpod.sandbox.boot import VmBuilder
+from hyperpod.sandbox.disks import LayerDisks
+from hyperpod.sandbox.live import LiveSandbox, SandboxListener
+from hyperpod.spec.resources import MIB, vm_size
+from hyperpod.store.index import IdIndex
+from hyperpod.store.records import RecordStore
+from hyperpod.store.slots import FIRST_CID, Slots
+from hyperpod.tasks import Operations, TaskOwner
+
+log = logging.getLogger(__name__)
+
+HANDLERS = ("", "vm")
+
+
+def host_boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+class SandboxManager:
+    """All sandboxes of this daemon. Public coroutines raise hyperpod errors only."""
+
+    def __init__(
+        self,
+        config: Config,
+        store: RecordStore[SandboxRecord, SandboxStatus],
+        builder: VmBuilder,
+        owner: TaskOwner,
+        boot_id: str,
+    ) -> None:
+        self.config, self.store, self.builder, self.owner, self.boot_id = (
+            config,
+            store,
+            builder,
+            owner,
+            boot_id,
+        )
+        self.slots = Slots(min(config.sandbox_slots, config.vm.uid_count))
+        self.index: IdIndex[LiveSandbox] = IdIndex("sandbox")
+        self._names: dict[str, str] = {}
+        self._operations = Operations(owner)
+        self._listener: SandboxListener | None = None
+        builder.hypervisor.subscribe(self._on_domain_event)
+
+    def listen(self, listener: SandboxListener) -> None:
+        self._listener = listener
+
+    @property
+    def listener(self) -> SandboxListener:
+        assert self._listener is not None, "the composition root sets the listener"
+        return self._listener
+
+    # -- queries ------------------------------------------------------------------------------------------
+
+    def get(self, ident: str) -> Sandbox:
+        """By id or unique prefix. Raises NotFound."""
+        return self.index.get(ident).view()
+
+    def live(self, ident: str) -> LiveSandbox:
+        return self.index.get(ident)
+
+    def all(self) -> list[Sandbox]:
+        return [s.view() for s in self.index.values() if s.status.phase is not SandboxPhase.CREATING]
+
+    # -- run ----------------------------------------------------------------------------------------------
+
+    async def run(self, config: SandboxConfig, handler: str) -> str:
+        """Make a sandbox and return its id. A retry with the identical configuration joins the first."""
+        if handler not in HANDLERS:
+            raise InvalidArgument(
+                f"no runtime handler {handler!r}; there are {', '.join(map(repr, HANDLERS))}"
+            )
+        for kind in ("network", "pid", "ipc"):
+            if getattr(config.namespaces, kind) is NamespaceMode.NODE:
+                raise InvalidArgument(
+                    f"namespace option {kind}=NODE needs a host pod; a VM has its own {kind}"
+                )
+        key = config.metadata.key
+        if (known := self._names.get(key)) is not None and (other := self.index.find(known)) is not None:
+            if other.record.config != config or other.record.runtime_handler != handler:
+                raise AlreadyExists(f"the name {key} is taken by sandbox {known} with another configuration")
+            if other.ready:
+                return known
+            if other.status.phase is not SandboxPhase.CREATING:
+                raise AlreadyExists(
+                    f"the name {key} is taken by sandbox {known}, which is stopped; remove it first"
+                )
+        return await self._operations.run(f"run/{key}", lambda: self._run(config, handler))
+
+    async def _run(self, config: SandboxConfig, handler: str) -> str:
+        size = self._size(config)
+        kernel, guest = artifacts.kernel(self.config.vm.kernel), artifacts.guest(self.config.vm.guest)
+        slot, ident = self.slots.take(), secrets.token_hex(32)
+        user = self.config.vm.uid_base + slot
+        record = SandboxRecord(
+            id=ident,
+            config=config,
+            runtime_handler=handler,
+            created_at=now_ns(),
+            host_boot_id=self.boot_id,
+            slot=slot,
+            uid=user,
+            gid=user,
+            cid=FIRST_CID + slot,
+            token=secrets.token_bytes(32),
+            domain=f"hp-{ident[:12]}",
+            domain_uuid=str(uuid.UUID(hex=ident[:32], version=4)),
+            kernel=kernel,
+            guest=guest,
+            size=size,
+            vsock="kernel" if self.builder.hypervisor.facts().vhost_vsock else "vhost-user",
+        )
+        sandbox = self.adopt(record, SandboxStatus())
+        try:
+            await self.store.create(ident, record, sandbox.status)
+            failpoints.passing("sandbox.recorded")
+            hello, phases = await self.builder.build(sandbox)
+        except (HyperpodError, OSError) as exc:
+            log.error("sandbox %s (%s) failed: %s", sandbox.short, config.metadata.key, exc)
+            await self._forget(sandbox)
+            raise
+        facts = {
+            "kernel": hello.kernel_release,
+            "boot_id": hello.boot_id,
+            "agent": hello.agent_version,
+            "crun": hello.crun_version,
+        }
+        await self._set(sandbox, SandboxPhase.READY, timings=phases.seconds, guest_facts=facts)
+        failpoints.passing("sandbox.ready")
+        self._watch(sandbox)
+        log.info(
+            "sandbox %s ready: %s",
+            sandbox.short,
+            " ".join(f"{k}={v:.3f}s" for k, v in phases.seconds.items()),
+        )
+        return ident
+
+    def _size(self, config: SandboxConfig) -> VmSize:
+        vm = self.config.vm
+        return vm_size(
+            config.resources,
+            config.overhead,
+            base_mib=vm.guest_base_mib,
+            floor_mib=vm.memory_floor_mib,
+            default_mib=vm.default_memory_mib,
+            default_vcpus=vm.default_vcpus,
+            max_vcpus=vm.max_vcpus,
+            max_memory_mib=vm.max_memory_mib,
+            host_memory_mib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB,
+            host_cpus=os.cpu_count() or 1,
+        )
+
+    def adopt(self, record: SandboxRecord, status: SandboxStatus) -> LiveSandbox:
+        """Put a new or loaded sandbox into memory."""
+        disks = LayerDisks(self.builder.hypervisor, record.domain, self.store.folder(record.id))
+        sandbox = LiveSandbox(record, status, self.config.run_dir, disks)
+        self.slots.claim(record.slot)
+        self.index.add(record.id, sandbox)
+        self._names[record.config.metadata.key] = record.id
+        return sandbox
+
+    # -- watching -----------------------------------------------------------------------------------------
+
+    def _watch(self, sandbox: LiveSandbox) -> None:
+        async def on_exit(info: object) -> None:
+            await self.listener.container_exited(sandbox, info)  # type: ignore[arg-type]
+
+        async def on_connected(_: object) -> None:
+            await self.listener.connected(sandbox)
+
+        sandbox.tasks = [
+            self.owner.spawn(f"events/{sandbox.short}", sandbox.session.follow(on_exit, on_connected)),
+            self.owner.spawn(f"shim/{sandbox.short}", self._keep_shim(sandbox)),
+            self.owner.spawn(f"domain/{sandbox.short}", self._await_death(sandbox)),
+        ]
+
+    async def _keep_shim(self, sandbox: LiveSandbox) -> None:
+        """Replace the shim when it dies; its sockets and rings are kept by the supervisor."""
+        while True:
+            if sandbox.shim is not None:
+                await sandbox.shim.closed.wait()
+                await sandbox.shim.close()
+                sandbox.shim = None
+                log.warning("sandbox %s: its shim died; replacing it", sandbox.short)
+            try:
+                await self.builder.start_shim(sandbox, resume=True)
+                await self.listener.connected(sandbox)
+            except HyperpodError as exc:
+                log.error("sandbox %s: no new shim: %s", sandbox.short, exc)
+                await asyncio.sleep(1.0)
+
+    async def _await_death(self, sandbox: LiveSandbox) -> None:
+        await sandbox.gone.wait()
+        log.warning("sandbox %s: its VM is gone: %s", sandbox.short, sandbox.gone_detail)
+        self.owner.spawn(f"stop-dead/{sandbox.short}", self.stop(sandbox.id))
+
+    def _on_domain_event(self, event: DomainEvent) -> None:
+        sandbox = self.index.find(event.sandbox_id) if event.sandbox_id else None
+        if sandbox is not None and event.kind in ("stopped", "crashed"):
+            sandbox.gone_detail = event.detail
+            sandbox.gone.set()
+
+    # -- stop and remove ----------------------------------------------------------------------------------
+
+    async def stop(self, ident: str) -> None:
+        """Idempotent; unknown ids are fine."""
+        if (sandbox := self.index.find(ident)) is None:
+            return
+        await self._operations.wait(f"run/{sandbox.record.config.metadata.key}")
+        if self.index.find(sandbox.id) is None:
+            return
+        await self._operations.run(f"stop/{sandbox.id}", lambda: self._stop(sandbox))
+
+    async def _stop(self, sandbox: LiveSandbox) -> None:
+        if sandbox.status.phase in (SandboxPhase.STOPPED, SandboxPhase.REMOVING):
+            return
+        was_ready = sandbox.ready
+        await self._set(sandbox, SandboxPhase.STOPPING)
+        failpoints.passing("sandbox.stopping")
+        if was_ready and not sandbox.gone.is_set():
+            await self.listener.sandbox_stopping(sandbox)
+        await self._end_tasks(sandbox)
+        await self.builder.tear_down(sandbox)
+        await self.listener.sandbox_stopped(sandbox, sandbox.gone_detail)
+        await self._set(
+            sandbox,
+            SandboxPhase.STOPPED,
+            stopped_at=now_ns(),
+            message=sandbox.gone_detail or sandbox.status.message,
+        )
+        failpoints.passing("sandbox.stopped")
+
+    async def _end_tasks(self, sandbox: LiveSandbox) -> None:
+        for task in sandbox.tasks:
+            task.cancel()
+        await asyncio.gather(*sandbox.tasks, return_exceptions=True)
+        sandbox.tasks = []
+
+    async def remove(self, ident: str) -> None:
+        """Stops first when needed; unknown ids are fine."""
+        if (sandbox := self.index.find(ident)) is None:
+            return
+        await self.stop(sandbox.id)
+        if self.index.find(sandbox.id) is not None:
+            await self._operations.run(f"remove/{sandbox.id}", lambda: self._remove(sandbox))
+
+    async def _remove(self, sandbox: LiveSandbox) -> None:
+        await self._set(sandbox, SandboxPhase.REMOVING)
+        failpoints.passing("sandbox.removing")
+        await self.listener.sandbox_removing(sandbox)
+        await self._forget(sandbox)
+
+    async def _forget(self, sandbox: LiveSandbox) -> None:
+        await self.store.delete(sandbox.id)
+        self.index.discard(sandbox.id)
+        self._names.pop(sandbox.record.config.metadata.key, None)
+        self.slots.free(sandbox.record.slot)
+
+    async def _set(self, sandbox: LiveSandbox, phase: SandboxPhase, **changes: object) -> None:
+        status = sandbox.status.to(phase, **changes)
+        await self.store.update(sandbox.id, status)
+        sandbox.status = status
+
+    # -- recovery -----------------------------------------------------------------------------------------
+
+    async def recover(self, sandbox: LiveSandbox, *, running: bool, why_not: str) -> None:
+        """Bring one loaded sandbox to a state that matches the world; bounded by the caller."""
+        sandbox.disks.load()
+        phase = sandbox.status.phase
+        if phase is SandboxPhase.CREATING:
+            log.warning("sandbox %s was being made when the daemon ended; undoing it", sandbox.short)
+            await self.builder.tear_down(sandbox)
+            await self._forget(sandbox)
+        elif phase is SandboxPhase.REMOVING:
+            await self.listener.sandbox_removing(sandbox)
+            await self._forget(sandbox)
+        elif phase is SandboxPhase.READY and running:
+            await self._reconnect(sandbox)
+        elif phase in (SandboxPhase.READY, SandboxPhase.STOPPING):
+            sandbox.gone_detail = why_not
+            sandbox.gone.set()
+            await self.stop(sandbox.id)
+
+    async def _reconnect(self, sandbox: LiveSandbox) -> None:
+        try:
+            await self.builder.connect_shim(sandbox)
+        except HyperpodError:
+            await self.builder.start_shim(sandbox, resume=True)
+        await sandbox.session.connect(asyncio.get_running_loop().time() + 5.0, claim=False)
+        await self.listener.connected(sandbox)
+        self._watch(sandbox)
+
+    async def detach(self) -> None:
+        """The daemon ends, the pods go on: close connections, touch nothing else."""
+        for sandbox in self.index.values():
+            await self._end_tasks(sandbox)
+            await sandbox.session.close()
+            if sandbox.shim is not None:
+                await sandbox.shim.close()

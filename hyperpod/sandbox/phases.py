@@ -1,0 +1,28 @@
+"""Phase timings of one boot, and the phase's name on every failure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hyperpod.errors import BootError, HyperpodError
+
+
+class Phases:
+    """`with phases("domain"): ...` measures, and turns an error inside into a BootError of that phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        except BootError:
+            raise
+        except (HyperpodError, OSError, TimeoutError) as exc:
+            raise BootError(name, str(exc) or type(exc).__name__) from exc
+        finally:
+            self.seconds[name] = round(time.monotonic() - start, 4)

@@ -1,0 +1,85 @@
+"""The daemon's conversation with one agent: connected, or being reconnected, until the sandbox ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from hyperpod.agentclient.client import AgentClient
+from hyperpod.agentclient.types import ContainerInfo
+from hyperpod.errors import DeadlineExceeded, HyperpodError, Unavailable
+from hyperpod.vsock.dial import Endpoint
+
+log = logging.getLogger(__name__)
+
+RETRY_MIN, RETRY_MAX = 0.02, 1.0
+"""Seconds between attempts to reach an agent; doubled each time."""
+
+
+class AgentSession:
+    """Owns the AgentClient. `client()` waits, bounded, while a connection is being made."""
+
+    def __init__(self, sandbox_id: str, endpoint: Endpoint, token: bytes) -> None:
+        self.sandbox_id, self.endpoint, self._token = sandbox_id, endpoint, token
+        self._client: AgentClient | None = None
+        self._ready = asyncio.Event()
+        self._seq = 0
+
+    async def connect(self, deadline: float, *, claim: bool) -> AgentClient:
+        """Try until `deadline` (loop time). Raises the last reason as DeadlineExceeded."""
+        loop, delay, last = asyncio.get_running_loop(), RETRY_MIN, "never answered"
+        while (left := deadline - loop.time()) > 0:
+            client = AgentClient(self.endpoint, self.sandbox_id, self._token)
+            try:
+                await client.connect(claim=claim, timeout=min(left, 5.0))
+            except (Unavailable, DeadlineExceeded, OSError) as exc:
+                last = str(exc) or type(exc).__name__
+                await client.close()
+                await asyncio.sleep(min(delay, max(left, 0)))
+                delay = min(delay * 1.5, RETRY_MAX if not claim else 0.1)
+                continue
+            self._client = client
+            self._ready.set()
+            return client
+        raise DeadlineExceeded(f"the agent could not be reached: {last}")
+
+    async def client(self, timeout: float = 5.0) -> AgentClient:
+        """The connected client. Raises Unavailable when there is none within `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._ready.wait()
+        except TimeoutError as exc:
+            raise Unavailable(f"sandbox {self.sandbox_id[:12]}: its agent does not answer") from exc
+        assert self._client is not None
+        return self._client
+
+    async def follow(
+        self,
+        on_exit: Callable[[ContainerInfo], Awaitable[None]],
+        on_connected: Callable[[AgentClient], Awaitable[None]],
+    ) -> None:
+        """Read exit events for ever; reconnect when the connection breaks. Ends by cancellation only."""
+        while True:
+            client = await self.client(timeout=3600)
+            try:
+                async for event in client.events(self._seq):
+                    self._seq = event.seq
+                    await on_exit(event.exited)
+            except HyperpodError as exc:
+                log.info("sandbox %s: agent connection lost: %s", self.sandbox_id[:12], exc)
+            self._ready.clear()
+            await client.close()
+            while True:
+                try:
+                    fresh = await self.connect(asyncio.get_running_loop().time() + 60, claim=False)
+                    await on_connected(fresh)
+                    break
+                except HyperpodError as exc:
+                    log.warning("sandbox %s: %s", self.sandbox_id[:12], exc)
+
+    async def close(self) -> None:
+        self._ready.clear()
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
