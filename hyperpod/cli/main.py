@@ -35,6 +35,10 @@ def parser() -> argparse.ArgumentParser:
     loading.add_argument("--endpoint", default=DEFAULT_ENDPOINT, metavar="unix://PATH")
     loading.add_argument("file", metavar="FILE")
 
+    demo = commands.add_parser("demo", help="the whole life of a pod, step by step, against a running daemon")
+    demo.add_argument("--endpoint", default=DEFAULT_ENDPOINT, metavar="unix://PATH")
+    demo.add_argument("image")
+
     doctor = commands.add_parser("doctor", help="check what this host has and lacks")
     arguments(doctor)
     return top
@@ -57,6 +61,10 @@ def main(argv: list[str] | None = None) -> int:
             from hyperpod.cli.load import main as load
 
             return load(args)
+        if args.command == "demo":
+            from hyperpod.cli.demo import main as demo
+
+            return demo(args)
         from hyperpod.cli.doctor import main as doctor
 
         return doctor(args)
