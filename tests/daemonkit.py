@@ -1,0 +1,258 @@
+"""A real daemon in folders of its own, a CRI client, and a look at what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+from grpclib.client import Channel
+from hyperpod.api.gen.hyperpod.admin.v1 import AdminStub, LoadRequest
+from hyperpod.api.gen.runtime import v1 as cri
+
+ROOT = Path(__file__).resolve().parent.parent
+BUSYBOX = "docker.io/library/busybox:latest"
+
+READY = 60.0
+"""Seconds for a daemon to listen, with libvirt's first probe of an emulator on a loaded host."""
+
+
+def artifact(variable: str, script: str) -> Path:
+    """The guest kernel or image: from the environment (as `./dev test` sets it), else from the cache."""
+    if value := os.environ.get(variable):
+        return Path(value)
+    found = subprocess.run(
+        [sys.executable, ROOT / script, "--print-path"], capture_output=True, text=True, check=True
+    )
+    path = Path(found.stdout.strip().splitlines()[-1])
+    assert (path / "manifest.json").exists(), f"{path} is not built; run `./dev kernel` and `./dev image`"
+    return path
+
+
+class Daemon:
+    """`hyperpod serve` as a child process."""
+
+    def __init__(self, base: Path, config: str = "", kernel: Path | None = None) -> None:
+        self.base, self.state, self.logs = base, base / "state", base / "logs"
+        self.run_dir = Path(f"/run/hp-{secrets.token_hex(4)}")
+        self.socket = self.run_dir / "cri.sock"
+        self.log = base / "daemon.log"
+        self.logs.mkdir(parents=True)
+        kernel = kernel or artifact("HYPERPOD_TEST_KERNEL", "kernel/build.py")
+        guest = artifact("HYPERPOD_TEST_GUEST", "images/build.py")
+        head, _, rest = config.partition("---")
+        (base / "config.toml").write_text(
+            f'state_dir = "{self.state}"\nrun_dir = "{self.run_dir}"\nlog_level = "debug"\n{head}\n'
+            f'[vm]\nkernel = "{kernel}"\nguest = "{guest}"\n'
+            f'default_memory_mib = 160\nscratch_mib = 512\n{rest}'
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+        self._ready_seen = 0
+
+    def start(self, **env: str) -> None:
+        """Start the supervisor, which starts the daemon; returns when the socket listens."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "hyperpod", "serve", "--config", str(self.base / "config.toml")],
+                stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=ROOT, start_new_session=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+            )  # fmt: skip
+        self.wait_ready()
+
+    def wait_ready(self) -> None:
+        """Wait for one more "ready" line than were seen before."""
+        deadline = time.monotonic() + READY
+        while (count := self.text().count("ready on unix://")) <= self._ready_seen:
+            assert self.process is not None
+            assert self.process.poll() is None, f"the supervisor ended:\n{self.text()[-4000:]}"
+            assert time.monotonic() < deadline, f"the daemon is not ready:\n{self.text()[-4000:]}"
+            time.sleep(0.05)
+        self._ready_seen = count
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def pid(self) -> int:
+        """The daemon's own pid (the supervisor's child that runs hyperpod.daemon)."""
+        assert self.process is not None
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for child in children:
+            with contextlib.suppress(OSError):
+                if b"hyperpod.daemon" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    return int(child)
+        raise AssertionError("the daemon is not running")
+
+    def kill_daemon(self) -> None:
+        """kill -9 of the daemon alone; the supervisor starts another."""
+        os.kill(self.pid(), signal.SIGKILL)
+        self.wait_ready()
+
+    def kill_supervisor(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def processes(self) -> list[str]:
+        """Command lines of live processes that belong to this daemon's folders."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal() and int(entry.name) != os.getpid():
+                with contextlib.suppress(OSError):
+                    line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    if str(self.run_dir) in line and "hyperpod.daemon" not in line:
+                        found.append(f"{entry.name} {line[:160]}")
+        return found
+
+    def leftovers(self) -> list[str]:
+        """What is there although no pod is: QEMUs, mounts, folders, disks, records."""
+        left = [line for line in self.processes() if "qemu" in line or "shim" in line]
+        left += [
+            m
+            for m in Path("/proc/mounts").read_text().splitlines()
+            if str(self.base) in m or str(self.run_dir) in m
+        ]
+        for folder in (
+            self.run_dir / "s",
+            self.state / "scratch",
+            self.state / "sandboxes",
+            self.state / "containers",
+        ):
+            if folder.is_dir():
+                left += [
+                    str(path) for path in folder.iterdir() if not path.name.startswith(("template", "."))
+                ]
+        return left
+
+    def destroy(self) -> None:
+        """After the tests: nothing of this daemon may live on."""
+        self.stop()
+        for line in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(line.split()[0]), signal.SIGKILL)
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+
+    @contextlib.asynccontextmanager
+    async def client(self) -> AsyncIterator[Cri]:
+        channel = Channel(path=str(self.socket))
+        try:
+            yield Cri(self, channel)
+        finally:
+            channel.close()
+
+
+class Cri:
+    """Short-hands over the generated stubs."""
+
+    def __init__(self, daemon: Daemon, channel: Channel) -> None:
+        self.daemon = daemon
+        self.runtime = cri.RuntimeServiceStub(channel)
+        self.images = cri.ImageServiceStub(channel)
+        self.admin = AdminStub(channel)
+
+    async def load_busybox(self) -> None:
+        folder = self.daemon.base / "busybox"
+        if not folder.exists():
+            subprocess.run(
+                [sys.executable, ROOT / "images" / "busybox.py", folder], check=True, capture_output=True
+            )
+        await self.admin.load(LoadRequest(path=str(folder)))
+
+    def pod_config(self, name: str = "", **linux: object) -> cri.PodSandboxConfig:
+        ident = secrets.token_hex(4)
+        return cri.PodSandboxConfig(
+            metadata=cri.PodSandboxMetadata(name=name or f"pod-{ident}", uid=ident, namespace="test"),
+            hostname=name or f"pod-{ident}",
+            log_directory=str(self.daemon.logs / ident),
+            labels={"app": "test"},
+            linux=cri.LinuxPodSandboxConfig(**linux),  # type: ignore[arg-type]
+        )
+
+    async def run_pod(self, config: cri.PodSandboxConfig | None = None) -> str:
+        request = cri.RunPodSandboxRequest(config=config or self.pod_config())
+        return (await self.runtime.run_pod_sandbox(request)).pod_sandbox_id
+
+    async def remove_pod(self, ident: str) -> None:
+        await self.runtime.stop_pod_sandbox(cri.StopPodSandboxRequest(pod_sandbox_id=ident))
+        await self.runtime.remove_pod_sandbox(cri.RemovePodSandboxRequest(pod_sandbox_id=ident))
+
+    async def create(self, pod: str, *argv: str, name: str = "", **more: object) -> str:
+        name = name or f"c-{secrets.token_hex(3)}"
+        values: dict[str, object] = {"command": list(argv), "log_path": f"{name}.log", **more}
+        config = cri.ContainerConfig(
+            metadata=cri.ContainerMetadata(name=name), image=cri.ImageSpec(image=BUSYBOX), **values
+        )  # type: ignore[arg-type]
+        request = cri.CreateContainerRequest(pod_sandbox_id=pod, config=config)
+        return (await self.runtime.create_container(request)).container_id
+
+    async def start(self, container: str) -> None:
+        await self.runtime.start_container(cri.StartContainerRequest(container_id=container))
+
+    async def run(self, pod: str, *argv: str, **more: object) -> str:
+        container = await self.create(pod, *argv, **more)  # type: ignore[arg-type]
+        await self.start(container)
+        return container
+
+    async def sh(self, pod: str, script: str, **more: object) -> str:
+        return await self.run(pod, "/bin/sh", "-c", script, **more)
+
+    async def stop(self, container: str, timeout: int = 0) -> None:
+        await self.runtime.stop_container(cri.StopContainerRequest(container_id=container, timeout=timeout))
+
+    async def status(self, container: str) -> cri.ContainerStatus:
+        reply = await self.runtime.container_status(cri.ContainerStatusRequest(container_id=container))
+        assert reply.status is not None
+        return reply.status
+
+    async def wait(self, container: str, seconds: float = 60.0) -> cri.ContainerStatus:
+        """Until it has exited."""
+        deadline = time.monotonic() + seconds
+        while (status := await self.status(container)).state != cri.ContainerState.CONTAINER_EXITED:
+            assert time.monotonic() < deadline, f"{container[:12]} still runs after {seconds} s"
+            await asyncio.sleep(0.05)
+        return status
+
+    async def log(self, container: str) -> list[tuple[str, str, str]]:
+        """The CRI log as (stream, F or P, text)."""
+        path = Path((await self.status(container)).log_path)
+        out = []
+        for line in path.read_bytes().decode(errors="replace").splitlines():
+            _, stream, tag, text = line.split(" ", 3)
+            out.append((stream, tag, text))
+        return out
+
+    async def exec(self, container: str, *argv: str, timeout: int = 60) -> cri.ExecSyncResponse:
+        return await self.runtime.exec_sync(
+            cri.ExecSyncRequest(container_id=container, cmd=list(argv), timeout=timeout)
+        )
+
+
+@contextlib.contextmanager
+def daemon(config: str = "", kernel: Path | None = None) -> Iterator[Daemon]:
+    """A started daemon that is wholly gone afterwards."""
+    base = Path(tempfile.mkdtemp(prefix="hyperpod-test-"))
+    base.chmod(0o711)
+    one = Daemon(base, config, kernel)
+    try:
+        one.start()
+        yield one
+    finally:
+        one.destroy()
+        shutil.rmtree(base, ignore_errors=True)

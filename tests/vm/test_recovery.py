@@ -1,0 +1,132 @@
+"""Pods survive the daemon and the shim; a daemon killed at any step is mended by the next."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from grpclib.exceptions import GRPCError, StreamTerminatedError
+from hyperpod.api.gen.runtime import v1 as cri
+
+from hyperpod import failpoints
+from tests.daemonkit import Cri, Daemon, daemon
+
+pytestmark = pytest.mark.vm
+
+
+@pytest.fixture
+def own_daemon() -> Iterator[Daemon]:
+    with daemon() as one:
+        yield one
+
+
+COUNTER = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.05; done"
+
+
+async def numbers(client: Cri, container: str) -> list[int]:
+    return [int(text.split()[1]) for _, _, text in await client.log(container)]
+
+
+async def test_pods_survive_kill_of_daemon_and_shim(own_daemon: Daemon) -> None:
+    async with own_daemon.client() as client:
+        await client.load_busybox()
+        pod = await client.run_pod()
+        container = await client.sh(pod, COUNTER)
+    own_daemon.kill_daemon()
+    async with own_daemon.client() as client:
+        before = len(await numbers(client, container))
+        assert (await client.status(container)).state == cri.ContainerState.CONTAINER_RUNNING
+        assert (await client.exec(container, "echo", "hi")).stdout == b"hi\n"
+        [shim] = [p for p in own_daemon.processes() if "shim" in p and pod[:12] in p]
+        os.kill(int(shim.split()[0]), signal.SIGKILL)
+        for _ in range(400):
+            if len(await numbers(client, container)) > before + 20:
+                break
+            await asyncio.sleep(0.1)
+        assert (await client.exec(container, "echo", "hi")).stdout == b"hi\n"
+        await client.stop(container)
+        got = await numbers(client, container)
+        assert got == list(range(len(got))), "every line exactly once"
+        assert len(got) > before + 20
+        await client.remove_pod(pod)
+    assert own_daemon.leftovers() == []
+
+
+async def test_exits_while_the_daemon_is_away_are_learnt(own_daemon: Daemon) -> None:
+    async with own_daemon.client() as client:
+        await client.load_busybox()
+        pod = await client.run_pod()
+        container = await client.sh(pod, "sleep 2; echo bye; exit 9")
+    own_daemon.stop()
+    await asyncio.sleep(4)
+    own_daemon.start()
+    async with own_daemon.client() as client:
+        status = await client.wait(container)
+        assert (status.exit_code, status.reason) == (9, "Error")
+        assert [text for _, _, text in await client.log(container)] == ["bye"]
+        await client.remove_pod(pod)
+    assert own_daemon.leftovers() == []
+
+
+async def test_a_host_reboot(own_daemon: Daemon) -> None:
+    async with own_daemon.client() as client:
+        await client.load_busybox()
+        pod = await client.run_pod()
+        container = await client.sh(pod, "sleep 600")
+    own_daemon.stop()
+    for line in own_daemon.processes():
+        os.kill(int(line.split()[0]), signal.SIGKILL)
+    record = own_daemon.state / "sandboxes" / pod / "record.json"
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    record.write_text(record.read_text().replace(boot_id, "0" * len(boot_id)))
+    import shutil
+
+    shutil.rmtree(own_daemon.run_dir)
+    own_daemon.start()
+    async with own_daemon.client() as client:
+        status = await client.status(container)
+        assert status.state == cri.ContainerState.CONTAINER_EXITED
+        assert "reboot" in status.message
+        reply = await client.runtime.pod_sandbox_status(cri.PodSandboxStatusRequest(pod_sandbox_id=pod))
+        assert reply.status is not None
+        assert reply.status.state == cri.PodSandboxState.SANDBOX_NOTREADY
+        await client.remove_pod(pod)
+    assert own_daemon.leftovers() == []
+
+
+async def life(client: Cri) -> None:
+    """A pod's whole life, meeting every failpoint."""
+    pod = await client.run_pod()
+    container = await client.sh(pod, "echo up; sleep 1")
+    await client.wait(container)
+    await client.runtime.remove_container(cri.RemoveContainerRequest(container_id=container))
+    await client.remove_pod(pod)
+
+
+async def test_the_daemon_killed_at_every_step(own_daemon: Daemon) -> None:
+    async with own_daemon.client() as client:
+        await client.load_busybox()
+    for name in failpoints.NAMES:
+        own_daemon.stop()
+        own_daemon.start(HYPERPOD_FAILPOINT=name)
+        ready = own_daemon.text().count("ready on unix://")
+        with contextlib.suppress(GRPCError, StreamTerminatedError, ConnectionError, AssertionError):
+            async with own_daemon.client() as client:
+                await life(client)
+        for _ in range(200):
+            if own_daemon.text().count("ready on unix://") > ready:
+                break
+            await asyncio.sleep(0.1)
+        assert own_daemon.text().count("ready on unix://") > ready, f"{name} was never passed"
+        own_daemon.stop()
+        own_daemon.start()
+        async with own_daemon.client() as client:
+            for item in (await client.runtime.list_pod_sandbox(cri.ListPodSandboxRequest())).items:
+                await client.remove_pod(item.id)
+            assert (await client.runtime.list_containers(cri.ListContainersRequest())).containers == []
+        assert own_daemon.leftovers() == [], name
