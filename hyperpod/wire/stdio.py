@@ -1,36 +1,45 @@
-"""Frames of container output and input between a host and an agent (DESIGN section 6); sans-IO.
+"""Stdio of containers as frames on a connection of its own per stream (DESIGN section 6). Sans-IO.
 
-A connection to the agent's stdio port carries one stream of one process. After the preface:
+    frame    type u8, reserved u8 (0), payload length u32, offset u64, payload; big-endian
 
-    type u8 | reserved u8 (0) | payload length u32 | offset u64 | payload      (network byte order)
+    host     OPEN {"container", "exec", "stream", "from_offset"}     exec is "" for the container's own
+    agent    OPENED(offset where it starts) or ERROR(text)
+    stdout   agent: DATA(offset) ... GAP(first available) ... EOF(total)    host: ACK(offset), cumulative
+    stdin    host: DATA(offset) ... EOF(total)                              agent: ACK(offset), cumulative
 
-The host opens with OPEN; the agent answers OPENED or ERROR. Output: the agent sends DATA, EOF (offset: total
-bytes of the stream) and GAP (offset: first byte that is still there), the host sends ACK (offset: all bytes
-before it are safe and may be forgotten). Input: the host sends DATA and EOF, the agent sends ACK.
+Offsets count the bytes of the stream from its first one. A sender has at most WINDOW bytes unacknowledged; it
+then stops reading its source: back-pressure, never a drop. A connection that ends before EOF has failed.
+A container's stdout and stderr can be opened again from a later offset; what was not acknowledged is kept.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import struct
+from collections import deque
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from hyperpod.errors import ProtocolError
 
 HEADER = struct.Struct("!BBIQ")
 MAX_PAYLOAD = 64 * 1024
-"""Bytes in one frame."""
-
 WINDOW = 256 * 1024
-"""Bytes of one stream that may be sent and not yet acknowledged."""
-
+"""Bytes that a sender may have unacknowledged, and therefore keeps."""
+ACK_EVERY = 64 * 1024
+"""Receivers acknowledge at least this often, so that a sender never waits for a full window."""
 MAX_OFFSET = 2**63 - 1
+MAX_TEXT = 1024
+STREAMS = ("stdin", "stdout", "stderr")
+_CONTAINER = re.compile(r"[0-9a-f]{64}")
+_EXEC = re.compile(r"([0-9a-f]{32})?")
+
+Buffer = bytes | bytearray | memoryview
 
 
 class FrameType(IntEnum):
-    """Number in the header's first byte."""
-
     OPEN = 1
     OPENED = 2
     DATA = 3
@@ -40,196 +49,380 @@ class FrameType(IntEnum):
     ERROR = 7
 
 
-class Frame:
-    """One frame. A plain class with slots: millions of them pass through a shim."""
+_CARRIES_PAYLOAD = {FrameType.OPEN, FrameType.DATA, FrameType.ERROR}
 
-    __slots__ = ("offset", "payload", "type")
 
-    def __init__(self, type: FrameType, offset: int = 0, payload: bytes = b"") -> None:
-        self.type, self.offset, self.payload = type, offset, payload
+class Frame(NamedTuple):
+    """One frame; `payload` may point into the bytes that were fed."""
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Frame) and (self.type, self.offset, self.payload) == (
-            other.type,
-            other.offset,
-            other.payload,
-        )
-
-    __hash__ = None  # type: ignore[assignment]  # mutable on purpose
-
-    def __repr__(self) -> str:
-        return f"Frame({self.type.name}, offset={self.offset}, {len(self.payload)} bytes)"
+    type: FrameType
+    offset: int
+    payload: bytes | memoryview = b""
 
 
 @dataclass(frozen=True)
 class Open:
-    """Which stream a connection is for. `exec_id` is empty for the container's own process."""
+    """What the host asks for. `exec_id` is empty for the container's own streams."""
 
     container: str
-    exec_id: str
     stream: str
+    exec_id: str = ""
     from_offset: int = 0
 
 
-_STREAMS = ("stdin", "stdout", "stderr")
-_BARE = frozenset({FrameType.OPENED, FrameType.EOF, FrameType.GAP, FrameType.ACK})
+class StreamRefused(ProtocolError):
+    """The peer sent ERROR: it does not know the stream, or gave up on it. The text is the peer's, raw."""
 
 
-class FrameDecoder:
-    """Bytes in, frames out. Holds at most one frame's bytes beyond what it was fed last."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> list[Frame]:
-        """All frames that are complete now. Raises ProtocolError; the decoder is unusable then."""
-        buffer = self._buffer
-        buffer += data
-        frames: list[Frame] = []
-        at, end = 0, len(buffer)
-        while end - at >= HEADER.size:
-            number, reserved, length, offset = HEADER.unpack_from(buffer, at)
-            if reserved or length > MAX_PAYLOAD or offset > MAX_OFFSET or not 1 <= number <= 7:
-                raise ProtocolError(
-                    f"stdio frame: bad header (type {number}, length {length}, offset {offset})"
-                )
-            kind = FrameType(number)
-            if length and kind in _BARE:
-                raise ProtocolError(f"stdio frame: {kind.name} carries {length} bytes, none are allowed")
-            if end - at < HEADER.size + length:
-                break
-            at += HEADER.size
-            frames.append(Frame(kind, offset, bytes(buffer[at : at + length])))
-            at += length
-        del buffer[:at]
-        return frames
+def encode(kind: FrameType, offset: int = 0, payload: bytes = b"") -> bytes:
+    """One whole frame."""
+    return HEADER.pack(kind, 0, len(payload), offset) + payload
 
 
-def encode(frame: Frame) -> bytes:
-    """One frame's bytes."""
-    return HEADER.pack(frame.type, 0, len(frame.payload), frame.offset) + frame.payload
-
-
-def encode_open(what: Open) -> bytes:
-    payload = {
-        "container": what.container,
-        "exec": what.exec_id,
-        "stream": what.stream,
-        "from_offset": what.from_offset,
+def encode_open(request: Open) -> bytes:
+    fields = {
+        "container": request.container,
+        "exec": request.exec_id,
+        "stream": request.stream,
+        "from_offset": request.from_offset,
     }
-    return encode(Frame(FrameType.OPEN, 0, json.dumps(payload).encode()))
+    return encode(FrameType.OPEN, 0, json.dumps(fields).encode())
 
 
-def decode_open(frame: Frame) -> Open:
-    """Raises ProtocolError for anything but a well-formed OPEN."""
-    if frame.type is not FrameType.OPEN:
-        raise ProtocolError(f"stdio: {frame.type.name} before OPEN")
-    try:
-        data = json.loads(frame.payload)
-        what = Open(data["container"], data["exec"], data["stream"], data["from_offset"])
-    except (ValueError, KeyError, TypeError, RecursionError) as exc:
-        raise ProtocolError("stdio: OPEN is not well-formed") from exc
-    if (
-        not all(isinstance(text, str) for text in (what.container, what.exec_id, what.stream))
-        or what.stream not in _STREAMS
-        or type(what.from_offset) is not int
-        or not 0 <= what.from_offset <= MAX_OFFSET
-    ):
-        raise ProtocolError("stdio: OPEN has bad values")
-    return what
+def encode_opened(offset: int) -> bytes:
+    return encode(FrameType.OPENED, offset)
 
 
-def encode_data(offset: int, payload: bytes) -> bytes:
-    return HEADER.pack(FrameType.DATA, 0, len(payload), offset) + payload
+def encode_ack(offset: int) -> bytes:
+    return encode(FrameType.ACK, offset)
 
 
-def encode_mark(type: FrameType, offset: int) -> bytes:
-    """OPENED, EOF, GAP or ACK."""
-    return HEADER.pack(type, 0, 0, offset)
+def encode_eof(total: int) -> bytes:
+    return encode(FrameType.EOF, total)
+
+
+def encode_gap(first: int) -> bytes:
+    return encode(FrameType.GAP, first)
 
 
 def encode_error(text: str) -> bytes:
-    return encode(Frame(FrameType.ERROR, 0, text.encode(errors="replace")[:1024]))
+    return encode(FrameType.ERROR, 0, text.encode(errors="replace")[:MAX_TEXT])
 
 
-class OutputWindow:
-    """The agent's side of one output stream: what is read and not yet acknowledged, at most WINDOW bytes."""
+def encode_data(offset: int, data: bytes | memoryview) -> list[bytes | memoryview]:
+    """Buffers (for writelines or sendmsg) of as many DATA frames as `data` needs; nothing is copied."""
+    out: list[bytes | memoryview] = []
+    if len(data) <= MAX_PAYLOAD:
+        if data:
+            out += (HEADER.pack(FrameType.DATA, 0, len(data), offset), data)
+        return out
+    view = memoryview(data)
+    for start in range(0, len(view), MAX_PAYLOAD):
+        piece = view[start : start + MAX_PAYLOAD]
+        out += (HEADER.pack(FrameType.DATA, 0, len(piece), offset + start), piece)
+    return out
+
+
+def decode_open(frame: Frame) -> Open:
+    """Raises ProtocolError unless the frame is a valid OPEN."""
+    if frame.type is not FrameType.OPEN:
+        raise ProtocolError(f"stdio: {frame.type.name} where OPEN was due")
+    try:
+        fields = json.loads(bytes(frame.payload))
+    except (ValueError, RecursionError) as exc:
+        raise ProtocolError("stdio: OPEN is not JSON") from exc
+    if not isinstance(fields, dict):
+        raise ProtocolError("stdio: OPEN is not an object")
+    container, exec_id = fields.get("container"), fields.get("exec")
+    stream, start = fields.get("stream"), fields.get("from_offset")
+    if not isinstance(container, str) or not _CONTAINER.fullmatch(container):
+        raise ProtocolError("stdio: OPEN with a malformed container id")
+    if not isinstance(exec_id, str) or not _EXEC.fullmatch(exec_id):
+        raise ProtocolError("stdio: OPEN with a malformed exec id")
+    if not isinstance(stream, str) or stream not in STREAMS:
+        raise ProtocolError("stdio: OPEN of an unknown stream")
+    if type(start) is not int or not 0 <= start <= MAX_OFFSET:
+        raise ProtocolError("stdio: OPEN with a malformed offset")
+    return Open(container, stream, exec_id, start)
+
+
+class FrameDecoder:
+    """Bytes in, frames out; keeps less than one frame of at most HEADER.size + MAX_PAYLOAD bytes."""
 
     def __init__(self) -> None:
-        self.start = 0
-        """Offset of the first byte still held."""
-        self._held = bytearray()
-        self.ended = False
+        self._rest = b""
 
     @property
-    def end(self) -> int:
-        """Offset after the last byte read."""
-        return self.start + len(self._held)
+    def pending(self) -> int:
+        """Bytes of an incomplete frame; not zero at the end of a connection means that it was cut."""
+        return len(self._rest)
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """Every frame that `data` completes. Raises ProtocolError; the decoder is then unusable."""
+        if self._rest:
+            data = self._rest + data
+            self._rest = b""
+        frames: list[Frame] = []
+        end, position = len(data), 0
+        view = memoryview(data)
+        while end - position >= HEADER.size:
+            number, reserved, length, offset = HEADER.unpack_from(data, position)
+            kind = _check(number, reserved, length, offset)
+            start = position + HEADER.size
+            if end - start < length:
+                break
+            position = start + length
+            frames.append(Frame(kind, offset, view[start:position] if length else b""))
+        if position < end:
+            self._rest = data[position:]
+        return frames
+
+
+def _check(number: int, reserved: int, length: int, offset: int) -> FrameType:
+    try:
+        kind = FrameType(number)
+    except ValueError as exc:
+        raise ProtocolError(f"stdio: frame of unknown type {number}") from exc
+    if reserved:
+        raise ProtocolError("stdio: reserved byte is not 0")
+    if length > MAX_PAYLOAD:
+        raise ProtocolError(f"stdio: frame of {length} bytes")
+    if length and kind not in _CARRIES_PAYLOAD:
+        raise ProtocolError(f"stdio: {kind.name} with a payload")
+    if not length and kind in (FrameType.DATA, FrameType.OPEN):
+        raise ProtocolError(f"stdio: empty {kind.name}")
+    if offset > MAX_OFFSET or (kind in (FrameType.OPEN, FrameType.ERROR) and offset):
+        raise ProtocolError(f"stdio: {kind.name} with offset {offset}")
+    return kind
+
+
+class _Receiver:
+    """In-order reception with cumulative acknowledgement; what both directions share."""
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        """Of the next byte to come."""
+        self.acked = offset
+        self.eof = False
+        self._skipped = 0  # bytes between acked and offset that never came: they take no room of the window
+
+    def _data(self, frame: Frame) -> None:
+        if self.eof:
+            raise ProtocolError("stdio: DATA after EOF")
+        if frame.offset != self.offset:
+            raise ProtocolError(f"stdio: DATA at {frame.offset}, due was {self.offset}")
+        if self.offset + len(frame.payload) - self.acked - self._skipped > WINDOW:
+            raise ProtocolError("stdio: more than a window of data without acknowledgement")
+        self.offset += len(frame.payload)
+
+    def _end(self, frame: Frame) -> None:
+        if self.eof or frame.offset != self.offset:
+            raise ProtocolError(f"stdio: EOF at {frame.offset}, due was {self.offset}")
+        self.eof = True
+
+    def ack(self, offset: int) -> bytes:
+        """The ACK frame for everything before `offset`, which must have been received."""
+        if not self.acked <= offset <= self.offset:
+            raise ValueError(f"ack of {offset} outside of {self.acked}..{self.offset}")
+        self.acked = offset
+        if offset == self.offset:
+            self._skipped = 0
+        return encode_ack(offset)
+
+
+class HostReader(_Receiver):
+    """The host's side of one connection that reads stdout or stderr.
+
+    Send `start()`, feed what arrives, handle the payloads, send `ack()`. Gaps move `offset` and count in
+    `gap_bytes`. A connection that ends while `eof` is False has failed.
+    """
+
+    def __init__(self, request: Open) -> None:
+        super().__init__(request.from_offset)
+        self.request = request
+        self.opened = False
+        self.gap_bytes = 0
+        self._decoder = FrameDecoder()
+
+    def start(self) -> bytes:
+        return encode_open(self.request)
+
+    def feed(self, data: bytes) -> list[bytes | memoryview]:
+        """The payloads that came, in order. Raises ProtocolError, StreamRefused."""
+        out: list[bytes | memoryview] = []
+        for frame in self._decoder.feed(data):
+            kind = frame.type
+            if kind is FrameType.ERROR:
+                raise StreamRefused(bytes(frame.payload).decode(errors="replace"))
+            if not self.opened:
+                if kind is not FrameType.OPENED:
+                    raise ProtocolError(f"stdio: {kind.name} where OPENED was due")
+                self.opened = True
+                self._skip(frame.offset)
+            elif kind is FrameType.DATA:
+                self._data(frame)
+                out.append(frame.payload)
+            elif kind is FrameType.EOF:
+                self._end(frame)
+            elif kind is FrameType.GAP:
+                if self.eof:
+                    raise ProtocolError("stdio: GAP after EOF")
+                self._skip(frame.offset)
+            else:
+                raise ProtocolError(f"stdio: {kind.name} from a sender")
+        return out
+
+    def _skip(self, offset: int) -> None:
+        if offset < self.offset:
+            raise ProtocolError(f"stdio: stream goes back to {offset} from {self.offset}")
+        self.gap_bytes += offset - self.offset
+        if self.acked == self.offset:
+            self.acked = offset
+        else:
+            self._skipped += offset - self.offset
+        self.offset = offset
+
+
+class AgentSender:
+    """The agent's side of a stdout or stderr, over all connections that ever read it.
+
+    Read at most `room` bytes from the pipe, hand them to `feed`, send what `take` returns. A connection comes
+    by `attach` (ending any earlier one) and goes by `detach`; what is not acknowledged is sent again.
+    """
+
+    def __init__(self, window: int = WINDOW) -> None:
+        self._window = window
+        self._chunks: deque[tuple[int, bytes]] = deque()
+        self.base = 0
+        """Everything before is acknowledged and gone."""
+        self.end = 0
+        self.sent = 0
+        self.finished = False
+        self.attached = False
+        self._eof_sent = False
 
     @property
     def room(self) -> int:
         """Bytes that may be read from the pipe now."""
-        return max(0, WINDOW - len(self._held))
+        return 0 if self.finished else self._window - (self.end - self.base)
 
-    def append(self, data: bytes) -> None:
-        self._held += data
+    @property
+    def drained(self) -> bool:
+        """The host has acknowledged everything up to the end."""
+        return self.finished and self.base == self.end
 
-    def acknowledge(self, offset: int) -> None:
-        """Forget what the host has. Raises ProtocolError for bytes that were never sent."""
-        if offset > self.end:
-            raise ProtocolError(f"stdio: ACK of {offset}, only {self.end} were sent")
-        if offset > self.start:
-            del self._held[: offset - self.start]
-            self.start = offset
+    def feed(self, data: bytes) -> None:
+        """Keep and queue what was read from the pipe; at most `room` bytes."""
+        if len(data) > self.room:
+            raise ValueError(f"{len(data)} bytes fed, room for {self.room}")
+        if data:
+            self._chunks.append((self.end, data))
+            self.end += len(data)
 
-    def chunk(self, offset: int) -> bytes:
-        """Up to one frame's payload from `offset` on; empty when there is none yet."""
-        at = offset - self.start
-        assert at >= 0, "the caller sends GAP first"
-        return bytes(self._held[at : at + MAX_PAYLOAD])
+    def finish(self) -> None:
+        """The pipe is at its end."""
+        self.finished = True
+
+    def attach(self, from_offset: int) -> bytes:
+        """A (new) connection reads from `from_offset`. Returns OPENED. Raises ProtocolError: not there yet."""
+        if from_offset > self.end:
+            raise ProtocolError(f"stdio: opened at {from_offset}, the stream has {self.end} bytes")
+        self.ack(max(from_offset, self.base), opening=True)
+        self.sent = self.base
+        self.attached, self._eof_sent = True, False
+        return encode_opened(self.base)
+
+    def detach(self) -> None:
+        self.attached = False
+
+    def take(self) -> list[bytes | memoryview]:
+        """Buffers to write on the connection now: unsent DATA, then EOF once."""
+        out: list[bytes | memoryview] = []
+        if not self.attached:
+            return out
+        if self.sent < self.end:
+            for start, chunk in self._chunks:
+                if start + len(chunk) > self.sent:
+                    skip = max(0, self.sent - start)
+                    out += encode_data(start + skip, memoryview(chunk)[skip:] if skip else chunk)
+            self.sent = self.end
+        if self.finished and not self._eof_sent:
+            self._eof_sent = True
+            out.append(encode_eof(self.end))
+        return out
+
+    def receive(self, frame: Frame) -> None:
+        """A frame of the host after OPEN: only ACK is allowed. Raises ProtocolError."""
+        if frame.type is not FrameType.ACK:
+            raise ProtocolError(f"stdio: {frame.type.name} from a reader")
+        self.ack(frame.offset)
+
+    def ack(self, offset: int, *, opening: bool = False) -> None:
+        """Forget everything before `offset`. Raises ProtocolError when it was never sent."""
+        if not self.base <= offset <= (self.end if opening else self.sent):
+            raise ProtocolError(f"stdio: ACK of {offset}, sent were {self.base}..{self.sent}")
+        self.base = offset
+        while self._chunks and self._chunks[0][0] + len(self._chunks[0][1]) <= offset:
+            self._chunks.popleft()
 
 
-class OutputReader:
-    """The host's side of one output stream on one connection: checks what the guest sends."""
+class StdinSender:
+    """The host's side of a stdin. Nothing is kept: stdin does not resume."""
 
-    def __init__(self, from_offset: int) -> None:
-        self.offset = from_offset
-        """Offset of the next byte."""
-        self.gap_bytes = 0
-        self.ended = False
-        self._acknowledged = from_offset
-        self._opened = False
+    def __init__(self, request: Open) -> None:
+        self.request = request
+        self.offset = self.acked = 0
+        self.opened = self.finished = False
+        self._decoder = FrameDecoder()
 
-    def receive(self, frame: Frame) -> bytes:
-        """The bytes that a frame adds, maybe none. Raises ProtocolError."""
-        kind = frame.type
-        if kind is FrameType.ERROR:
-            raise ProtocolError("stdio: the agent refuses: " + frame.payload[:300].decode(errors="replace"))
-        if not self._opened:
-            if kind is not FrameType.OPENED or frame.offset < self.offset:
-                raise ProtocolError(f"stdio: {frame!r} where OPENED was due")
-            self._opened = True
-            self._skip(frame.offset)
-        elif self.ended:
-            raise ProtocolError(f"stdio: {frame!r} after EOF")
-        elif kind is FrameType.DATA and frame.offset == self.offset:
-            if self.offset + len(frame.payload) - self._acknowledged > WINDOW:
-                raise ProtocolError("stdio: more than the window was sent unacknowledged")
-            self.offset += len(frame.payload)
+    def start(self) -> bytes:
+        return encode_open(self.request)
+
+    @property
+    def room(self) -> int:
+        """Bytes that may be taken from the source now."""
+        return WINDOW - (self.offset - self.acked) if self.opened and not self.finished else 0
+
+    def data(self, data: bytes) -> list[bytes | memoryview]:
+        """Buffers to send; at most `room` bytes."""
+        if len(data) > self.room:
+            raise ValueError(f"{len(data)} bytes given, room for {self.room}")
+        out = encode_data(self.offset, data)
+        self.offset += len(data)
+        return out
+
+    def finish(self) -> bytes:
+        """The source is at its end; returns EOF."""
+        self.finished = True
+        return encode_eof(self.offset)
+
+    def feed(self, data: bytes) -> None:
+        """Take OPENED and ACKs. Raises ProtocolError, StreamRefused."""
+        for frame in self._decoder.feed(data):
+            if frame.type is FrameType.ERROR:
+                raise StreamRefused(bytes(frame.payload).decode(errors="replace"))
+            if not self.opened:
+                if frame.type is not FrameType.OPENED or frame.offset:
+                    raise ProtocolError(f"stdio: {frame.type.name} where OPENED was due")
+                self.opened = True
+            elif frame.type is not FrameType.ACK or not self.acked <= frame.offset <= self.offset:
+                raise ProtocolError(f"stdio: {frame.type.name} of {frame.offset} from a stdin")
+            else:
+                self.acked = frame.offset
+
+
+class StdinReceiver(_Receiver):
+    """The agent's side of a stdin: payloads to write into the pipe, at most WINDOW bytes unwritten."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def receive(self, frame: Frame) -> bytes | memoryview:
+        """The payload of DATA, b"" for EOF (see `eof`). Raises ProtocolError."""
+        if frame.type is FrameType.DATA:
+            self._data(frame)
             return frame.payload
-        elif kind is FrameType.GAP and frame.offset > self.offset:
-            self._skip(frame.offset)
-        elif kind is FrameType.EOF and frame.offset == self.offset:
-            self.ended = True
-        else:
-            raise ProtocolError(f"stdio: {frame!r} does not follow offset {self.offset}")
-        return b""
-
-    def acknowledged(self, offset: int) -> None:
-        """Everything before `offset` is safe; the caller sends the ACK frame."""
-        self._acknowledged = offset
-
-    def _skip(self, to: int) -> None:
-        self.gap_bytes += to - self.offset
-        self._acknowledged += to - self.offset
-        self.offset = to
+        if frame.type is FrameType.EOF:
+            self._end(frame)
+            return b""
+        raise ProtocolError(f"stdio: {frame.type.name} from a stdin's sender")
