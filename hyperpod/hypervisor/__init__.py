@@ -1,0 +1,1 @@
+"""Virtual machines behind one interface; libvirt is the one implementation and imported by it alone."""

@@ -1,0 +1,203 @@
+"""Libvirt's domain XML of a sandbox VM (https://libvirt.org/formatdomain.html)."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from xml.etree import ElementTree as ET
+
+from hyperpod.errors import InvalidArgument
+
+NAMESPACE = "https://hyperpod.dev/domain/1"
+QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+EMULATOR = "/usr/bin/qemu-system-x86_64"
+SCRATCH_SERIAL = "scratch"
+
+VSOCK_ID = "hpvsock"
+VSOCK_PORT = "hpvsockrp"
+"""QMP ids of the vhost-user-vsock device and of its root port, used again when the device is replaced."""
+
+MEMORY_SLOTS = 8
+
+_SAFE = re.compile(r"[\x20-\x7e]*\Z")
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A LUN on the sandbox's virtio-scsi controller. `serial` is at most 36 characters (VPD page 0x80)."""
+
+    serial: str
+    path: str
+    readonly: bool
+    target: int
+    unit: int
+
+
+@dataclass(frozen=True)
+class DomainSpec:
+    """All that a VM is made of. Sizes in MiB; paths absolute."""
+
+    name: str
+    uuid: str
+    instance_id: str
+    sandbox_id: str
+    memory_mib: int
+    max_memory_mib: int
+    vcpus: int
+    max_vcpus: int
+    accelerator: str
+    kernel: str
+    initrd: str | None
+    cmdline: str
+    root: str
+    scratch: str | None
+    console_socket: str | None
+    vsock_socket: str | None
+    vsock_cid: int | None
+    uid: int
+    gid: int
+
+
+def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: str) -> ET.Element:
+    for value in (text or "", *attributes.values()):
+        if not _SAFE.match(value):
+            raise InvalidArgument(f"<{tag}> of the domain would carry unprintable text: {value[:80]!r}")
+    element = ET.SubElement(parent, tag, attributes)
+    element.text = text
+    return element
+
+
+def _virtio_disk(devices: ET.Element, name: str, path: str, *, serial: str, readonly: bool) -> None:
+    disk = _add(devices, "disk", type="file", device="disk")
+    # read-only: the host's page cache holds one copy for all VMs
+    driver = {"name": "qemu", "type": "raw", "cache": "writeback" if readonly else "unsafe"}
+    if not readonly:
+        # the default policy pauses the VM on a full host disk; the guest must see the error instead
+        driver |= {"error_policy": "report", "rerror_policy": "report", "discard": "unmap"}
+    ET.SubElement(disk, "driver", driver)
+    _add(disk, "source", file=path)
+    _add(disk, "target", dev=name, bus="virtio")
+    _add(disk, "serial", serial)
+    if readonly:
+        _add(disk, "readonly")
+
+
+def disk_xml(disk: Disk) -> str:
+    """The element for attaching or detaching one LUN."""
+    root = ET.Element("disk", {"type": "file", "device": "disk"})
+    ET.SubElement(root, "driver", {"name": "qemu", "type": "raw", "cache": "writeback"})
+    _add(root, "source", file=disk.path)
+    _add(root, "target", dev=f"sd{_letters(disk.unit)}", bus="scsi")
+    _add(root, "serial", disk.serial)
+    if disk.readonly:
+        _add(root, "readonly")
+    # Without an explicit address libvirt adds controllers of its own.
+    _add(root, "address", type="drive", controller="0", bus="0", target=str(disk.target), unit=str(disk.unit))
+    return ET.tostring(root, encoding="unicode")
+
+
+def _letters(number: int) -> str:
+    """0 to a, 25 to z, 26 to aa: the tail of a disk's name."""
+    name = ""
+    number += 1
+    while number:
+        number, rest = divmod(number - 1, 26)
+        name = chr(ord("a") + rest) + name
+    return name
+
+
+def vsock_chardev(path: str) -> str:
+    """QEMU's -chardev option; a comma in a value is written twice."""
+    return f"socket,id={VSOCK_ID},path={path.replace(',', ',,')}"
+
+
+def vsock_device() -> dict[str, object]:
+    """QEMU's -device option, and QMP device_add's arguments."""
+    return {"driver": "vhost-user-vsock-pci", "id": VSOCK_ID, "chardev": VSOCK_ID, "bus": VSOCK_PORT}
+
+
+def domain_xml(spec: DomainSpec) -> str:
+    """The whole domain. Raises InvalidArgument for text that XML or QEMU would misread."""
+    domain = ET.Element("domain", {"type": "kvm" if spec.accelerator == "kvm" else "qemu"})
+    _add(domain, "name", spec.name)
+    _add(domain, "uuid", spec.uuid)
+    metadata = _add(domain, "metadata")
+    ET.SubElement(metadata, f"{{{NAMESPACE}}}sandbox", {"instance": spec.instance_id, "id": spec.sandbox_id})
+    if spec.max_memory_mib > spec.memory_mib:
+        _add(domain, "maxMemory", str(spec.max_memory_mib), slots=str(MEMORY_SLOTS), unit="MiB")
+    _add(domain, "memory", str(spec.memory_mib), unit="MiB")
+    _add(domain, "currentMemory", str(spec.memory_mib), unit="MiB")
+    backing = _add(domain, "memoryBacking")
+    _add(backing, "source", type="memfd")
+    _add(backing, "access", mode="shared")
+    _add(domain, "vcpu", str(spec.max_vcpus), placement="static", current=str(spec.vcpus))
+    boot = _add(domain, "os")
+    _add(boot, "type", "hvm", arch="x86_64", machine="q35")
+    _add(boot, "kernel", spec.kernel)
+    if spec.initrd:
+        _add(boot, "initrd", spec.initrd)
+    _add(boot, "cmdline", spec.cmdline)
+    _add(_add(domain, "features"), "acpi")
+    _cpu(domain, spec)
+    _add(domain, "clock", offset="utc")
+    for event in ("on_poweroff", "on_reboot", "on_crash"):
+        _add(domain, event, "destroy")
+    _devices(_add(domain, "devices"), spec)
+    label = _add(domain, "seclabel", type="static", model="dac", relabel="no")
+    _add(label, "label", f"+{spec.uid}:+{spec.gid}")
+    if spec.vsock_socket:
+        _vhost_user_vsock(domain, spec.vsock_socket)
+    ET.register_namespace("hyperpod", NAMESPACE)
+    ET.register_namespace("qemu", QEMU_NAMESPACE)
+    return ET.tostring(domain, encoding="unicode")
+
+
+def _cpu(domain: ET.Element, spec: DomainSpec) -> None:
+    cpu = _add(domain, "cpu", mode="host-passthrough" if spec.accelerator == "kvm" else "maximum")
+    if spec.max_memory_mib > spec.memory_mib:
+        # Memory hot-plug wants at least one NUMA cell to plug into.
+        _add(
+            _add(cpu, "numa"), "cell", id="0", cpus=f"0-{spec.max_vcpus - 1}", memory=str(spec.memory_mib),
+            unit="MiB", memAccess="shared",
+        )  # fmt: skip
+
+
+def _devices(devices: ET.Element, spec: DomainSpec) -> None:
+    _add(devices, "emulator", EMULATOR)
+    _virtio_disk(devices, "vda", spec.root, serial="root", readonly=True)
+    if spec.scratch:
+        _virtio_disk(devices, "vdb", spec.scratch, serial=SCRATCH_SERIAL, readonly=False)
+    _add(devices, "controller", type="scsi", index="0", model="virtio-scsi")
+    _add(devices, "controller", type="usb", model="none")
+    if spec.console_socket:
+        serial = _add(devices, "serial", type="unix")
+        source = _add(serial, "source", mode="connect", path=spec.console_socket)
+        _add(source, "reconnect", enabled="yes", timeout="1")
+        _add(serial, "target", port="0")
+    if spec.vsock_cid is not None:
+        _add(_add(devices, "vsock", model="virtio"), "cid", auto="no", address=str(spec.vsock_cid))
+    _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
+    _add(devices, "memballoon", model="virtio", freePageReporting="on")
+
+
+def _vhost_user_vsock(domain: ET.Element, path: str) -> None:
+    """libvirt 9.0 has no element for it: a device of QEMU's own command line on a root port of its own."""
+    command = ET.SubElement(domain, f"{{{QEMU_NAMESPACE}}}commandline")
+    port = {
+        "driver": "pcie-root-port",
+        "id": VSOCK_PORT,
+        "bus": "pcie.0",
+        "addr": "0x1e",
+        "chassis": 200,
+        "port": 240,
+    }
+    for value in (
+        "-chardev",
+        vsock_chardev(path),
+        "-device",
+        json.dumps(port),
+        "-device",
+        json.dumps(vsock_device()),
+    ):
+        ET.SubElement(command, f"{{{QEMU_NAMESPACE}}}arg", {"value": value})
