@@ -1,0 +1,1 @@
+"""Images: references, pulls by skopeo, conversion of layers to read-only block images, the durable store."""

@@ -1,0 +1,178 @@
+"""Layer blobs to block images in the store's layers folder, by the confined worker.
+
+A layer file is named by the digest of the uncompressed tar that the worker computed. A layer that is here
+already is not built again, but its blob was fetched with this pull's credentials and is verified all the
+same: knowing a diff id gives nobody a layer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hyperpod
+from hyperpod import errors
+from hyperpod.errors import HyperpodError, ImageError, NotFound, ResourceExhausted
+from hyperpod.image.manifest import Blob
+from hyperpod.image.process import run
+from hyperpod.image.settings import ImageSettings
+from hyperpod.logs import printable
+from hyperpod.model.images import LayerRef
+
+log = logging.getLogger(__name__)
+SUFFIX = ".squashfs"
+_OUTPUT = "layer.img"
+_LINE = 4 << 20
+_CODE = str(Path(hyperpod.__file__).parent.parent)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """`size` in bytes uncompressed; `opaque_root`: the layer hides all below it."""
+
+    layer: LayerRef
+    size: int
+    opaque_root: bool
+
+
+def open_blob(path: Path, size: int | None, what: str) -> int:
+    """A file descriptor on a staged file. Raises ImageError when it is no file of the declared size."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        raise ImageError(f"{what}: {exc.strerror}") from exc
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or size not in (None, info.st_size):
+        os.close(fd)
+        raise ImageError(f"{what} has {info.st_size} bytes, its manifest says {size}")
+    return fd
+
+
+async def work(
+    fd: int, job: dict[str, Any], folder: Path, settings: ImageSettings, what: str
+) -> dict[str, Any]:
+    """Run the worker on `fd` in `folder`, which its user owns. Raises what the worker reports."""
+    limits = settings.limits
+    job = {**job, "uid": settings.uid, "gid": settings.gid, "file_size": limits.max_layer}
+    argv = [
+        "unshare",
+        "-n",
+        "--",
+        sys.executable,
+        "-P",
+        "-s",
+        "-B",
+        "-m",
+        "hyperpod.image.worker",
+        json.dumps(job),
+    ]
+    answers: list[dict[str, Any]] = []
+
+    def line(raw: bytes) -> None:
+        try:
+            message = json.loads(raw)
+        except ValueError as exc:
+            raise ImageError(f"{what}: the converter says {printable(raw, 100)!r}") from exc
+        if isinstance(message, dict) and "progress" not in message:
+            answers[:] = [message]
+
+    finished = await run(
+        argv,
+        what=what,
+        cwd=folder,
+        env={"PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), "PYTHONPATH": _CODE},
+        stall=settings.stall_timeout,
+        alive=lambda: None,
+        stdin=fd,
+        max_stdout=_LINE,
+        on_line=line,
+    )
+    answer = answers[0] if answers else {}
+    if isinstance(result := answer.get("ok"), dict):
+        return result
+    if text := answer.get("error"):
+        kind = getattr(errors, str(answer.get("kind")), ImageError)
+        raise (kind if isinstance(kind, type) and issubclass(kind, HyperpodError) else ImageError)(
+            f"{what}: {text}"
+        )
+    tail = printable(finished.stderr, 400).strip()
+    raise ImageError(f"{what}: the converter ended with code {finished.code}: {tail}")
+
+
+class LayerFiles:
+    """The layers folder: files `<hex of the diff id>.squashfs`, mode 0440."""
+
+    def __init__(self, root: Path, settings: ImageSettings) -> None:
+        self.root, self._settings = root, settings
+        self._slots = asyncio.Semaphore(settings.max_concurrent_conversions)
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    def path(self, diff_id: str) -> Path:
+        return self.root / f"{diff_id.removeprefix('sha256:')}{SUFFIX}"
+
+    async def ensure(
+        self, blob: Path, declared: Blob | None, diff_id: str, folder: Path, what: str
+    ) -> Converted:
+        """Verify the blob and have its layer file. `declared` None: an archive, which has no blob digests."""
+        fd = await asyncio.to_thread(open_blob, blob, declared.size if declared else None, what)
+        try:
+            lock = self._locks.setdefault(diff_id, asyncio.Lock())
+            async with lock, self._slots:
+                return await self._ensure(fd, declared, diff_id, folder, what)
+        finally:
+            os.close(fd)
+
+    async def _ensure(
+        self, fd: int, declared: Blob | None, diff_id: str, folder: Path, what: str
+    ) -> Converted:
+        limits, path = self._settings.limits, self.path(diff_id)
+        fresh = not path.exists()
+        folder.mkdir(mode=0o700)
+        os.chown(folder, self._settings.uid, self._settings.gid)
+        job = {
+            "mode": "build" if fresh else "check",
+            "diff_id": diff_id,
+            "blob_digest": declared.digest if declared else "",
+            "output": _OUTPUT,
+            "compressor": self._settings.compressor,
+            "max_layer": limits.max_layer,
+            "max_ratio": limits.max_ratio,
+            "ratio_floor": limits.ratio_floor,
+            "max_entries": limits.max_entries,
+            "max_metadata": limits.max_metadata,
+        }
+        result = await work(fd, job, folder, self._settings, what)
+        if fresh:
+            await asyncio.to_thread(self._install, folder / _OUTPUT, path)
+        file_size = path.stat().st_size
+        log.info("%s: %s, %d bytes", what, "built" if fresh else "here already, verified", file_size)
+        layer = LayerRef(name=diff_id, file=path.name, size=file_size)
+        return Converted(layer, int(result["size"]), result["opaque_root"] is True)
+
+    def _install(self, built: Path, path: Path) -> None:
+        """Move exactly the file that was checked, whatever its owner does to the name meanwhile."""
+        fd = open_blob(built, None, "the built layer")
+        root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fchown(fd, 0, self._settings.layer_gid)
+            os.fchmod(fd, 0o440)
+            os.fsync(fd)
+            # With dst_dir_fd this is linkat(AT_SYMLINK_FOLLOW), without it link(2) of the symlink itself.
+            os.link(f"/proc/self/fd/{fd}", path.name, dst_dir_fd=root, follow_symlinks=True)
+            os.fsync(root)
+        except FileNotFoundError as exc:
+            raise NotFound(f"{built} went away") from exc
+        except OSError as exc:
+            if exc.errno in (28, 122):  # ENOSPC, EDQUOT
+                raise ResourceExhausted(f"no room for {path}") from exc
+            raise
+        finally:
+            os.close(root)
+            os.close(fd)
