@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,13 @@ def checks(accelerator_setting: str) -> list[Check]:
             "apt-get install libvirt-daemon libvirt-daemon-driver-qemu",
         )
     )
+    try:
+        pwd.getpwnam("libvirt-qemu")
+        user = True
+    except KeyError:
+        user = False
+    mend = "useradd --system --no-create-home --shell /usr/sbin/nologin --user-group libvirt-qemu"
+    out.append(Check("user libvirt-qemu", user, True, "libvirt's driver looks it up before its settings", mend))
     try:
         choice = accelerator.probe(accelerator_setting)
         slow = "" if choice.kind == "kvm" else " (works, but slowly, and is no security boundary)"
