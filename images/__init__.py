@@ -1,0 +1,1 @@
+"""Building the guest's root image, and images for the demo."""
