@@ -23,12 +23,11 @@ def generate(out: Path) -> None:
     """Write the package's files below `out`. Raises subprocess.CalledProcessError with protoc's words."""
     # protoc finds the plugin on PATH; the one beside this interpreter fits its betterproto2.
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
-    options = [f"--python_betterproto2_opt={option}" for option in OPTIONS]
-    files = [str(API / name) for name in PROTOS]
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-I", str(API), f"--python_betterproto2_out={out}"]
+    command += [f"--python_betterproto2_opt={option}" for option in OPTIONS]
+    command += [str(API / name) for name in PROTOS]
     subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", "-I", str(API), f"--python_betterproto2_out={out}"]
-        + options
-        + files,
+        command,
         check=True,
         capture_output=True,
         text=True,

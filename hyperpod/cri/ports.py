@@ -1,0 +1,20 @@
+"""What the RPC services call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hyperpod.container.execsync import ExecRunner
+from hyperpod.container.manager import ContainerManager
+from hyperpod.image.store import ImageStore
+from hyperpod.sandbox.manager import SandboxManager
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The managers behind the services, made by the composition root."""
+
+    sandboxes: SandboxManager
+    containers: ContainerManager
+    execs: ExecRunner
+    images: ImageStore
