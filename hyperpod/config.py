@@ -43,7 +43,8 @@ class VmConfig(Section):
     boot_timeout: float = Field(default=90.0, gt=0)
     uid_base: int = Field(default=1_500_000, ge=1000)
     uid_count: int = Field(default=4096, ge=1)
-    """Each VM and its shim run as uid:gid of their own out of this range."""
+    """Each VM and its shim run as a uid of their own, from uid_base + 1 on. Their one gid, uid_base, may read
+    image layers and nothing else."""
 
 
 class ImageConfig(Section):

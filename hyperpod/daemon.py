@@ -82,6 +82,17 @@ def notify(message: str) -> None:
             sock.sendto(message.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
+def image_settings(config: Config) -> ImageSettings:
+    """The image component's own settings out of the configuration."""
+    return ImageSettings(
+        layer_gid=config.vm.uid_base,
+        mirror=config.image.mirror,
+        insecure_registries=config.image.insecure_registries,
+        max_concurrent_pulls=config.image.max_concurrent_pulls,
+        stall_timeout=config.image.stall_timeout,
+    )
+
+
 @asynccontextmanager
 async def running(config: Config) -> AsyncIterator[RpcServer]:
     """Everything up, recovered and listening; on leaving, everything let go, the pods untouched."""
@@ -100,7 +111,7 @@ async def running(config: Config) -> AsyncIterator[RpcServer]:
         )
         await hypervisor.open()
         stack.push_async_callback(hypervisor.close)
-        images = ImageStore(config.state_dir, config.run_dir, ImageSettings.from_config(config.image))
+        images = ImageStore(config.state_dir, config.run_dir, image_settings(config))
         await images.open()
         stack.push_async_callback(images.close)
         scratch = ScratchDisks(config.state_dir)
@@ -122,6 +133,7 @@ async def running(config: Config) -> AsyncIterator[RpcServer]:
         stack.push_async_callback(owner.close)
         stack.push_async_callback(sandboxes.detach)
         await Recovery(sandboxes, containers, supervisor).run()
+        await images.collect()
         ports = Ports(sandboxes=sandboxes, containers=containers, execs=ExecRunner(containers), images=images)
         server = RpcServer(
             [RuntimeService(ports, config, hypervisor), ImageService(ports, config), AdminService(ports)]

@@ -45,7 +45,8 @@ def _pod_config(args: argparse.Namespace, logs: str) -> cri.PodSandboxConfig:
 
 async def _follow(client: Client, container: str, path: Path) -> int:
     """Copy the CRI log to the terminal until the container has exited and all is read; its exit code."""
-    offset, ended = 0, False
+    offset = 0
+    last: cri.ContainerStatus | None = None
     while True:
         if path.exists():
             async with aiofiles.open(path, "rb") as file:
@@ -53,16 +54,17 @@ async def _follow(client: Client, container: str, path: Path) -> int:
                 while (line := await file.readline()).endswith(b"\n"):
                     offset += len(line)
                     _show(line)
-        if ended:
+        if last is not None:
             break
         reply = await client.runtime.container_status(cri.ContainerStatusRequest(container_id=container))
         assert reply.status is not None
-        ended = reply.status.state == cri.ContainerState.CONTAINER_EXITED
-        if not ended:
+        if reply.status.state == cri.ContainerState.CONTAINER_EXITED:
+            last = reply.status
+        else:
             await asyncio.sleep(POLL)
-    if reply.status.reason not in ("Completed", "Error"):
-        print(f"hyperpod: {reply.status.reason}: {reply.status.message}", file=sys.stderr)
-    return reply.status.exit_code
+    if last.reason not in ("Completed", "Error"):
+        print(f"hyperpod: {last.reason}: {last.message}", file=sys.stderr)
+    return last.exit_code
 
 
 def _show(line: bytes) -> None:

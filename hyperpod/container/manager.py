@@ -9,7 +9,7 @@ import os
 import secrets
 
 from hyperpod import failpoints
-from hyperpod.agentclient.types import ContainerInfo, Layer
+from hyperpod.agentclient.types import AgentContainerState, ContainerInfo, Layer
 from hyperpod.container import process, signals
 from hyperpod.container.live import LiveContainer
 from hyperpod.container.logfile import log_path, open_log
@@ -18,8 +18,6 @@ from hyperpod.errors import (
     AlreadyExists,
     FailedPrecondition,
     HyperpodError,
-    ImageError,
-    InvalidArgument,
     NotFound,
 )
 from hyperpod.image.store import ImageStore
@@ -208,10 +206,7 @@ class ContainerManager:
                 log.warning("container %s: its log misses output: %s", container.short, result)
         except HyperpodError as exc:
             log.warning("container %s: end of log not confirmed: %s", container.short, exc)
-        if info.oom_killed:
-            reason = Reason.OOM_KILLED
-        else:
-            reason = Reason.COMPLETED if info.exit_code == 0 else Reason.ERROR
+        reason = Reason.OOM_KILLED if info.oom_killed else Reason.COMPLETED if info.exit_code == 0 else Reason.ERROR
         started = container.status.started_at or container.record.created_at
         finished = min(max(info.finished_at_ns, started), now_ns())
         await self._finish(container, info.exit_code, reason, "", finished, started_at=started)
@@ -361,7 +356,7 @@ class ContainerManager:
                 await self._discard(container, sandbox)
             elif info.exited:
                 await self.container_exited(sandbox, info)
-            elif info.running and not container.status.started_at:
+            elif info.state is AgentContainerState.RUNNING and not container.status.started_at:
                 await self._set(container, started_at=min(info.started_at_ns, now_ns()), pid=info.pid)
 
     # -- recovery -----------------------------------------------------------------------------------------
@@ -379,5 +374,5 @@ class ContainerManager:
         sandbox.disks.adopt(record.layers, record.id)
         try:
             self.images.lease(record.image_id, record.id)
-        except (ImageError, NotFound, InvalidArgument) as exc:
+        except NotFound as exc:
             log.warning("container %s: its image is gone: %s", container.short, exc)

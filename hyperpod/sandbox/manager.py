@@ -116,7 +116,6 @@ class SandboxManager:
         size = self._size(config)
         kernel, guest = artifacts.kernel(self.config.vm.kernel), artifacts.guest(self.config.vm.guest)
         slot, ident = self.slots.take(), secrets.token_hex(32)
-        user = self.config.vm.uid_base + slot
         record = SandboxRecord(
             id=ident,
             config=config,
@@ -124,8 +123,8 @@ class SandboxManager:
             created_at=now_ns(),
             host_boot_id=self.boot_id,
             slot=slot,
-            uid=user,
-            gid=user,
+            uid=self.config.vm.uid_base + 1 + slot,
+            gid=self.config.vm.uid_base,
             cid=FIRST_CID + slot,
             token=secrets.token_bytes(32),
             domain=f"hp-{ident[:12]}",
