@@ -1,0 +1,280 @@
+"""One container: its state machine, its execs, and the order in which its things are made and unmade.
+
+CREATED --start--> RUNNING --exit of its first process, output read--> EXITED
+CREATED --start fails--> CREATED;   any state --remove--> gone
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from hyperpod.agent import rootfs
+from hyperpod.agent.cgroups import Cgroups
+from hyperpod.agent.crun import Crun
+from hyperpod.agent.events import State, Status
+from hyperpod.agent.layers import Layers, LayerSource
+from hyperpod.agent.layout import Layout
+from hyperpod.agent.process import ConsoleSocket, Pipes, ProcessIO
+from hyperpod.agent.reaper import Reaper
+from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, InvalidArgument, NotFound
+from hyperpod.tasks import TaskOwner, bounded
+
+log = logging.getLogger(__name__)
+
+MAX_EXECS = 256
+REMOVE_TIMEOUT = 5.0
+"""Seconds for the end of a killed container to be noticed."""
+
+
+class Tools:
+    """What every container uses."""
+
+    def __init__(self, layout: Layout, cgroups: Cgroups, reaper: Reaper, owner: TaskOwner) -> None:
+        self.layout, self.cgroups, self.reaper, self.owner = layout, cgroups, reaper, owner
+        self.crun = Crun(layout, reaper)
+        self.layers = Layers(layout)
+        self._consoles = 0
+
+    def console(self) -> ConsoleSocket:
+        self._consoles += 1
+        return ConsoleSocket(f"{self.layout.root}/t{self._consoles}")
+
+    async def launch(
+        self, io: ProcessIO, call: Callable[[list[int], str | None], Any]
+    ) -> tuple[int, asyncio.Future[int]]:
+        """Run crun with the process's streams; gives pid and exit code. Nothing is left when it fails."""
+        pipes = Pipes(io)
+        console = None
+        try:
+            console = self.console() if io.tty else None
+            with self.reaper.adopting() as window:
+                pid = await call(pipes.child, console.path if console else None)
+                exited = self.reaper.watch(pid, window)
+            if console is not None:
+                io.attach_terminal(await console.receive())
+            pipes.commit()
+        finally:
+            pipes.close()
+            if console is not None:
+                console.close()
+        return pid, exited
+
+
+class Exec:
+    """One more process in a container, in a cgroup of its own below the container's."""
+
+    def __init__(self, ident: str, container: Container, *, tty: bool, stdin: bool) -> None:
+        self.id, self.container = ident, container
+        self.io = ProcessIO(tty=tty, stdin=stdin, ends_with_peer=True, eof_closes=True)
+        self.exited: asyncio.Future[int] | None = None
+        self.removed = asyncio.Event()
+
+    @property
+    def cgroup(self) -> str:
+        return f"{self.container.cgroup}/{self.id}"
+
+    async def start(self, tools: Tools, process: dict[str, Any]) -> int:
+        """Gives the pid. Raises NotFound (no such program), FailedPrecondition."""
+        process["terminal"] = self.io.tty
+        path = f"{tools.layout.bundle(self.container.id)}/{self.id}"
+        with open(path, "w") as file:
+            json.dump(process, file)
+        tools.cgroups.make_exec(self.container.id, self.id)
+        try:
+            pid, exited = await tools.launch(
+                self.io,
+                lambda child, console: tools.crun.exec(self.container.id, self.id, path, child, console),
+            )
+        except (HyperpodError, OSError):
+            tools.cgroups.remove(self.cgroup)
+            raise
+        finally:
+            os.unlink(path)
+        self.exited = exited
+        exited.add_done_callback(lambda _: self.io.process_ended())
+        return pid
+
+    async def wait(self) -> int:
+        """The exit code. Raises NotFound when it is removed meanwhile."""
+        assert self.exited is not None
+        removed: asyncio.Future[object] = self.container.tools.owner.spawn(
+            f"removed/{self.id}", self.removed.wait()
+        )
+        exited: asyncio.Future[object] = self.exited  # type: ignore[assignment]  # only waited for
+        try:
+            await asyncio.wait({exited, removed}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            removed.cancel()
+        if not self.exited.done():
+            raise NotFound(f"exec {self.id} was removed")
+        return self.exited.result()
+
+    async def remove(self, tools: Tools) -> None:
+        """Kill what is left of it and forget it."""
+        try:
+            await tools.cgroups.kill(self.cgroup)
+        finally:
+            self.removed.set()
+            self.io.close()
+            tools.cgroups.remove(self.cgroup)
+
+
+class Container:
+    """Made by `create`; `status` is what the host sees."""
+
+    def __init__(
+        self,
+        ident: str,
+        tools: Tools,
+        on_exit: Callable[[Status], None],
+        *,
+        tty: bool,
+        stdin: bool,
+        stdin_once: bool,
+    ) -> None:
+        self.id, self.tools, self._on_exit = ident, tools, on_exit
+        self.status = Status(ident)
+        self.io = ProcessIO(tty=tty, stdin=stdin, ends_with_peer=stdin_once, eof_closes=stdin_once)
+        self.execs: dict[str, Exec] = {}
+        self.cgroup = tools.cgroups.container_path(ident)
+        self._serials: list[str] = []
+        self._lock = asyncio.Lock()
+        self._over = asyncio.Event()
+        self._removed = False
+
+    async def prepare(self, spec: dict[str, Any], layers: list[LayerSource]) -> None:
+        """Mount the root and write the bundle. Nothing is left when it fails."""
+        layout = self.tools.layout
+        if not layers:
+            raise InvalidArgument(f"container {self.id[:12]} has no layers")
+        numbers = await self.tools.layers.acquire(layers)
+        self._serials = [layer.serial for layer in layers]
+        try:
+            spec["root"]["path"] = rootfs.mount_overlay(layout, self.id, numbers)
+            spec["linux"]["cgroupsPath"] = self.cgroup
+            spec["process"]["terminal"] = self.io.tty
+            with open(f"{layout.bundle(self.id)}/config.json", "w") as file:
+                json.dump(spec, file)
+        except (HyperpodError, OSError, KeyError, TypeError) as exc:
+            await self._undo()
+            if isinstance(exc, HyperpodError):
+                raise
+            raise InvalidArgument(f"container {self.id[:12]}: {exc!r}") from exc
+
+    async def start(self) -> int:
+        """Gives the pid. A failure leaves it CREATED. Raises NotFound, FailedPrecondition."""
+        async with self._lock:
+            if self.status.state is not State.CREATED or self._removed:
+                raise FailedPrecondition(f"container {self.id[:12]} is {self.status.state.name}, not CREATED")
+            tools = self.tools
+            try:
+                pid, exited = await tools.launch(
+                    self.io, lambda child, console: tools.crun.run(self.id, child, console)
+                )
+            except (HyperpodError, OSError):
+                await self._clear_cgroup()
+                tools.crun.forget(self.id)
+                raise
+            self.status = replace(self.status, state=State.RUNNING, pid=pid, started_at_ns=time.time_ns())
+            tools.owner.spawn(f"exit/{self.id[:12]}", self._wait(exited))
+            return pid
+
+    async def _wait(self, exited: asyncio.Future[int]) -> None:
+        """From the end of the first process to the report of it."""
+        code = await exited
+        finished, oom = time.time_ns(), self.tools.cgroups.oom_kills(self.id) > 0
+        # In its own pid namespace everybody is dead already; with a shared one, now they are too.
+        await self._kill_leftovers()
+        self.io.process_ended()
+        await self.io.wait_for_output()
+        self.status = replace(
+            self.status, state=State.EXITED, exit_code=code, oom_killed=oom, finished_at_ns=finished
+        )
+        self._over.set()
+        self._on_exit(self.status)
+
+    async def _kill_leftovers(self) -> None:
+        try:
+            await self.tools.cgroups.kill(self.cgroup)
+        except HyperpodError as exc:
+            log.warning("container %s: %s", self.id[:12], exc)
+
+    async def _clear_cgroup(self) -> None:
+        await self._kill_leftovers()
+        self.tools.cgroups.remove(self.cgroup)
+
+    def signal(self, number: int, everybody: bool) -> None:
+        """Raises FailedPrecondition when it does not run, InvalidArgument for no such signal."""
+        if self.status.state is not State.RUNNING:
+            raise FailedPrecondition(f"container {self.id[:12]} is {self.status.state.name}, not RUNNING")
+        if not 1 <= number <= 64:
+            raise InvalidArgument(f"there is no signal {number}")
+        if everybody:
+            self.tools.cgroups.signal_all(self.cgroup, number)
+            return
+        try:
+            os.kill(self.status.pid, number)
+        except ProcessLookupError as exc:
+            raise FailedPrecondition(f"container {self.id[:12]} has just ended") from exc
+
+    async def start_exec(self, ident: str, process: dict[str, Any], *, tty: bool, stdin: bool) -> int:
+        """Gives the pid. Raises NotFound (no such program), FailedPrecondition, AlreadyExists."""
+        if self.status.state is not State.RUNNING or self._removed:
+            raise FailedPrecondition(f"container {self.id[:12]} is {self.status.state.name}, not RUNNING")
+        if ident in self.execs:
+            raise AlreadyExists(f"exec {ident} exists")
+        if len(self.execs) >= MAX_EXECS:
+            raise FailedPrecondition(f"container {self.id[:12]} has {MAX_EXECS} execs already")
+        made = self.execs[ident] = Exec(ident, self, tty=tty, stdin=stdin)
+        try:
+            return await made.start(self.tools, process)
+        except (HyperpodError, OSError):
+            del self.execs[ident]
+            made.io.close()
+            raise
+
+    def exec(self, ident: str) -> Exec:
+        """A started exec. Raises NotFound."""
+        found = self.execs.get(ident)
+        if found is None or found.exited is None:
+            raise NotFound(f"container {self.id[:12]} has no exec {ident[:32]}")
+        return found
+
+    async def remove_exec(self, ident: str) -> None:
+        """An unknown one is fine."""
+        found = self.execs.get(ident)
+        if found is not None and found.exited is not None:
+            del self.execs[ident]
+            await found.remove(self.tools)
+
+    async def remove(self) -> None:
+        """Kill, unmount, forget. Raises Unavailable when its processes survive."""
+        self._removed = True
+        async with self._lock:
+            await self.tools.cgroups.kill(self.cgroup)
+            if self.status.state is State.RUNNING:
+                self.io.close()
+                await bounded(self._over.wait(), REMOVE_TIMEOUT, f"the end of container {self.id[:12]}")
+            for ident in list(self.execs):
+                await self.remove_exec(ident)
+            self.tools.crun.forget(self.id)
+            self.tools.cgroups.remove(self.cgroup)
+            self.io.close()
+            await self._undo()
+
+    async def _undo(self) -> None:
+        """Undo `prepare`."""
+        layout = self.tools.layout
+        rootfs.unmount_overlay(layout, self.id)
+        shutil.rmtree(layout.bundle(self.id), ignore_errors=True)
+        await rootfs.discard(layout, layout.writable(self.id))
+        self.tools.layers.release(self._serials)
+        self._serials = []

@@ -1,0 +1,123 @@
+"""All containers of the sandbox, by id; operations that go on when their caller leaves."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hyperpod.agent.container import Container, Tools
+from hyperpod.agent.events import EventLog, Status
+from hyperpod.agent.layers import LayerSource
+from hyperpod.agent.streams import InputStream, OutputStream
+from hyperpod.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
+from hyperpod.tasks import Operations
+
+MAX_CONTAINERS = 256
+_HEX = frozenset("0123456789abcdef")
+
+
+def check_id(what: str, value: str, length: int) -> None:
+    """Ids become file names. Raises InvalidArgument."""
+    if len(value) != length or not _HEX.issuperset(value):
+        raise InvalidArgument(f"{what} id is not {length} lower-case hex digits")
+
+
+def parse_object(what: str, data: bytes) -> dict[str, Any]:
+    """A JSON object. Raises InvalidArgument."""
+    try:
+        parsed = json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidArgument(f"{what} is not JSON") from exc
+    if not isinstance(parsed, dict):
+        raise InvalidArgument(f"{what} is not a JSON object")
+    return parsed
+
+
+class Containers:
+    """Each method is one RPC of the agent's API (agent.proto), and raises hyperpod errors."""
+
+    def __init__(self, tools: Tools) -> None:
+        self.tools = tools
+        self.events = EventLog()
+        self._known: dict[str, Container] = {}
+        self._operations = Operations(tools.owner)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, ident: str) -> Container:
+        """Raises NotFound."""
+        found = self._known.get(ident)
+        if found is None:
+            raise NotFound(f"no container {ident[:64]}")
+        return found
+
+    def statuses(self) -> list[Status]:
+        return [container.status for container in self._known.values()]
+
+    async def create(
+        self, ident: str, spec: bytes, layers: list[LayerSource], *, tty: bool, stdin: bool, stdin_once: bool
+    ) -> None:
+        check_id("container", ident, 64)
+        document = parse_object("the OCI spec", spec)
+        if ident in self._known:
+            raise AlreadyExists(f"container {ident[:12]} exists")
+        if len(self._known) >= MAX_CONTAINERS:
+            raise ResourceExhausted(f"there are {MAX_CONTAINERS} containers already")
+        made = Container(ident, self.tools, self.events.publish, tty=tty, stdin=stdin, stdin_once=stdin_once)
+
+        async def prepare() -> None:
+            # Known from the start, so that a Remove that overtakes finds it.
+            self._known[ident] = made
+            try:
+                await made.prepare(document, layers)
+            except BaseException:
+                del self._known[ident]
+                raise
+
+        await self._operations.run(f"create/{ident}", prepare)
+
+    async def start(self, ident: str) -> int:
+        container = self.get(ident)
+        if self._operations.running(f"create/{ident}"):
+            await self._operations.wait(f"create/{ident}")
+        return await self._operations.run(f"start/{ident}", container.start)
+
+    async def remove(self, ident: str) -> None:
+        await self._operations.wait(f"create/{ident}")
+        container = self._known.get(ident)
+        if container is None:
+            return
+
+        async def remove() -> None:
+            await container.remove()
+            self._known.pop(ident, None)
+
+        await self._operations.run(f"remove/{ident}", remove)
+
+    async def start_exec(self, container: str, ident: str, process: bytes, *, tty: bool, stdin: bool) -> int:
+        check_id("exec", ident, 32)
+        found, document = self.get(container), parse_object("the OCI process", process)
+        name = f"exec/{container}/{ident}"
+        if self._operations.running(name):
+            raise AlreadyExists(f"exec {ident} is being started")
+        return await self._operations.run(
+            name, lambda: found.start_exec(ident, document, tty=tty, stdin=stdin)
+        )
+
+    async def remove_exec(self, container: str, ident: str) -> None:
+        found = self._known.get(container)
+        await self._operations.wait(f"exec/{container}/{ident}")
+        if found is not None:
+            await self._operations.run(f"remove-exec/{container}/{ident}", lambda: found.remove_exec(ident))
+
+    def stream(self, container: str, exec_id: str, name: str) -> InputStream | OutputStream:
+        """Raises NotFound."""
+        found = self.get(container)
+        return (found.exec(exec_id).io if exec_id else found.io).stream(name)
+
+    async def close(self) -> None:
+        """Remove every container, then unmount every layer."""
+        for ident in list(self._known):
+            await self.remove(ident)
+        self.tools.layers.close()

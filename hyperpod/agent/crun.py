@@ -1,0 +1,121 @@
+"""Calls of crun, the OCI runtime. Its errors come from its JSON log, which no container can write to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+from hyperpod.agent.layout import Layout
+from hyperpod.agent.reaper import Reaper
+from hyperpod.errors import FailedPrecondition, HyperpodError, NotFound, Unavailable
+from hyperpod.logs import printable
+
+RUN_TIMEOUT = 60.0
+"""Seconds for a crun call: 0.5 s is usual on an emulated CPU; a starved guest may take long."""
+
+LOG_LIMIT = 16 * 1024
+
+_MISSING = "executable file"
+"""crun: "executable file `x` not found in $PATH: No such file or directory"."""
+
+
+class Crun:
+    """Each method is one call; all raise FailedPrecondition or NotFound with crun's reason."""
+
+    def __init__(self, layout: Layout, reaper: Reaper) -> None:
+        self._layout, self._reaper = layout, reaper
+        self._calls = 0
+
+    async def version(self) -> str:
+        """As `crun --version` says, or empty."""
+        try:
+            _, out = await self._reaper.run(["crun", "--version"], 10.0)
+        except HyperpodError:
+            return ""
+        first = out.split(b"\n", 1)[0].decode("ascii", "replace")
+        return first.removeprefix("crun version ").strip()
+
+    async def run(self, container: str, child: list[int], console: str | None) -> int:
+        """Create and start; the pid of the first process, which is our child by then."""
+        bundle = self._layout.bundle(container)
+        pid_file = f"{bundle}/pid"
+        argv = ["run", "--detach", "--bundle", bundle, "--pid-file", pid_file]
+        if console:
+            argv += ["--console-socket", console]
+        await self._call([*argv, container], child)
+        return _read_pid(pid_file)
+
+    async def exec(
+        self, container: str, cgroup: str, process_file: str, child: list[int], console: str | None
+    ) -> int:
+        """Start one more process; gives its pid."""
+        pid_file = f"{process_file}.pid"
+        argv = ["exec", "--detach", "--cgroup", cgroup, "--process", process_file, "--pid-file", pid_file]
+        if console:
+            argv += ["--console-socket", console]
+        try:
+            await self._call([*argv, container], child)
+            return _read_pid(pid_file)
+        finally:
+            if os.path.exists(pid_file):
+                os.unlink(pid_file)
+
+    def forget(self, container: str) -> None:
+        """Drop crun's state of a container whose processes are gone; an unknown one is fine.
+
+        `crun delete` would do no more for us (the cgroup is ours to remove, there are no hooks), and is one
+        more program to start in a guest that may be starved.
+        """
+        shutil.rmtree(f"{self._layout.crun_root}/{container}", ignore_errors=True)
+
+    async def _call(self, argv: list[str], child: list[int]) -> None:
+        self._calls += 1
+        log = f"{self._layout.root}/crun{self._calls}.log"
+        full = [
+            "crun",
+            "--root",
+            self._layout.crun_root,
+            "--cgroup-manager=cgroupfs",
+            "--log-format=json",
+            f"--log={log}",
+            *argv,
+        ]
+        try:
+            stdin, stdout, stderr = child
+            code, _ = await self._reaper.run(full, RUN_TIMEOUT, stdin=stdin, stdout=stdout, stderr=stderr)
+            if code:
+                raise failure(argv[0], code, _read_log(log))
+        finally:
+            if os.path.exists(log):
+                os.unlink(log)
+
+
+def failure(what: str, code: int, log: bytes) -> HyperpodError:
+    """The error for a failed call: NotFound when the program to run is not there or not runnable."""
+    messages = []
+    for line in log.splitlines():
+        try:
+            messages.append(str(json.loads(line)["msg"]))
+        except (ValueError, KeyError, TypeError):
+            messages.append(line.decode("utf-8", "replace"))
+    text = printable("; ".join(m.strip() for m in messages if m.strip()), 1024)
+    if not text:
+        return Unavailable(f"crun {what} ended with code {code} and no reason")
+    return NotFound(text) if _MISSING in text else FailedPrecondition(text)
+
+
+def _read_log(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(LOG_LIMIT)
+    except OSError:
+        return b""
+
+
+def _read_pid(path: str) -> int:
+    try:
+        with open(path) as file:
+            return int(file.read())
+    except (OSError, ValueError) as exc:
+        raise Unavailable("crun left no pid") from exc

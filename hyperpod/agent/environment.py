@@ -1,0 +1,222 @@
+"""The two places where an agent runs, and what each needs before the first container."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+
+from hyperpod.agent import linux, rootfs
+from hyperpod.agent.cgroups import ROOT as CGROUP_ROOT
+from hyperpod.agent.cgroups import Cgroups
+from hyperpod.agent.crun import Crun
+from hyperpod.agent.layout import Layout
+from hyperpod.errors import InvalidArgument
+
+log = logging.getLogger(__name__)
+
+RESERVE_BYTES = 48 << 20
+"""Memory that containers together cannot have: the agent's, crun's, and the kernel's for both."""
+
+RESERVE_PIDS = 256
+ENTROPY_LIMIT = 512
+SCRATCH_SERIAL = "scratch"
+SCRATCH_TIMEOUT = 10.0
+OPEN_FILES = 65536
+CRUN_VERSION_FILE = "/etc/hyperpod/crun-version"
+"""Written when the guest image is built: starting crun to ask it costs an emulated guest 50 ms."""
+
+
+def phase(name: str) -> None:
+    """One line on the console, for who wonders where a boot hangs. Goes past logging: it is the boot's own."""
+    os.write(2, f"hyperpod-agent: phase={name} t={time.clock_gettime(time.CLOCK_BOOTTIME):.2f}\n".encode())
+
+
+class Place:
+    """Base: what a host agent does; a guest overrides what it owns."""
+
+    def __init__(self, layout: Layout, ended: asyncio.Event) -> None:
+        self.layout, self._ended = layout, ended
+        self._crun_version: str | None = None
+
+    async def greet(self, now_ns: int, entropy: bytes, hostname: str, sysctls: dict[str, str]) -> None:
+        """Take what Hello brings. A host agent shares its kernel: it takes nothing but refuses sysctls."""
+        if sysctls:
+            raise InvalidArgument("a host agent sets no sysctls")
+
+    def set_clock(self, ns: int) -> None:
+        """Nothing on a host."""
+
+    async def crun_version(self, crun: Crun) -> str:
+        if self._crun_version is None:
+            self._crun_version = await crun.version()
+        return self._crun_version
+
+    def end(self) -> None:
+        """Leave the main loop; the process exits or the machine powers off after it."""
+        self._ended.set()
+
+    def power_off(self) -> None:
+        """Nothing on a host."""
+
+
+class HostPlace(Place):
+    """A host process with a mount namespace of its own, so that no mount of it can leak."""
+
+    @staticmethod
+    def prepare(directory: str, name: str) -> tuple[Layout, Cgroups]:
+        """`directory`: 0700, ours alone. `name`: of the cgroup below /hyperpod."""
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        linux.become_subreaper()
+        linux.unshare(linux.CLONE_NEWNS)
+        linux.mount("none", "/", "", linux.MS_REC | linux.MS_SLAVE)
+        if os.path.exists(f"{CGROUP_ROOT}/unified/cgroup.controllers"):
+            # crun refuses v1 with controllers left in v2 ("hybrid"); without this mount it sees plain v1.
+            linux.umount(f"{CGROUP_ROOT}/unified", linux.MNT_DETACH)
+        layout = Layout(root=directory, scratch=f"{directory}/s", cgroup=f"/hyperpod/{name}", guest=False)
+        cgroups = Cgroups(layout.cgroup)
+        cgroups.setup()
+        return layout, cgroups
+
+    @staticmethod
+    async def clean(layout: Layout, cgroups: Cgroups) -> None:
+        """Remove what an agent that died left in the same directory."""
+        await cgroups.kill(layout.cgroup)
+        for name in cgroups.children(layout.cgroup):
+            cgroups.remove(f"{layout.cgroup}/{name}")
+        for path in (layout.crun_root, f"{layout.root}/b", layout.scratch):
+            if os.path.exists(path):
+                rootfs.remove_tree(path)
+        layout.make()
+
+
+class GuestPlace(Place):
+    """PID 1 of a virtual machine."""
+
+    @staticmethod
+    def prepare() -> tuple[Layout, Cgroups]:
+        """From the kernel's hand-over to the point where containers can be made."""
+        phase("init")
+        mount_api_filesystems()
+        phase("mounts")
+        raise_limits()
+        with contextlib.suppress(OSError):
+            linux.interface_up("lo")
+        layout = Layout(root="/run/hyperpod", scratch="/run/scratch", cgroup="/hyperpod", guest=True)
+        cgroups = Cgroups(layout.cgroup)
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/sys/kernel/pid_max") as file:
+            pids = int(file.read())
+        cgroups.setup(max(total - RESERVE_BYTES, total // 2), max(pids - RESERVE_PIDS, pids // 2))
+        phase("cgroups")
+        mount_scratch(layout.scratch)
+        layout.make()
+        phase("scratch")
+        return layout, cgroups
+
+    async def greet(self, now_ns: int, entropy: bytes, hostname: str, sysctls: dict[str, str]) -> None:
+        self.set_clock(now_ns)
+        if entropy:
+            linux.add_entropy(entropy[:ENTROPY_LIMIT])
+        if hostname:
+            try:
+                socket.sethostname(hostname)
+            except OSError as exc:
+                raise InvalidArgument(f"hostname {hostname[:80]!r}: {exc.strerror}") from exc
+        for name, value in sysctls.items():
+            set_sysctl(name, value)
+
+    def set_clock(self, ns: int) -> None:
+        if ns > 0:
+            time.clock_settime_ns(time.CLOCK_REALTIME, ns)
+
+    async def crun_version(self, crun: Crun) -> str:
+        try:
+            with open(CRUN_VERSION_FILE) as file:
+                return file.read(100).strip()
+        except OSError:
+            return await super().crun_version(crun)
+
+    def power_off(self) -> None:
+        os.sync()
+        linux.power_off()
+
+
+def set_sysctl(name: str, value: str) -> None:
+    """Raises InvalidArgument when it does not exist or does not take the value."""
+    if not name or name.startswith(("/", ".")) or ".." in name:
+        raise InvalidArgument(f"sysctl {name[:80]!r} is no name")
+    # With a slash in it the name is written with slashes, and its dots are part of the parts.
+    path = name if "/" in name else name.replace(".", "/")
+    try:
+        with open(f"/proc/sys/{path}", "w") as file:
+            file.write(value)
+    except OSError as exc:
+        raise InvalidArgument(f"sysctl {name[:80]}={value[:80]!r}: {exc.strerror}") from exc
+
+
+def mount_api_filesystems() -> None:
+    """What every program expects of a Linux; what the kernel or an initramfs has mounted is left."""
+    safe = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
+    for source, target, fstype, flags, data in (
+        ("proc", "/proc", "proc", safe, ""),
+        ("sysfs", "/sys", "sysfs", safe, ""),
+        ("devtmpfs", "/dev", "devtmpfs", linux.MS_NOSUID, "mode=755"),
+        ("devpts", "/dev/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC, "gid=5,mode=620,ptmxmode=666"),
+        ("tmpfs", "/dev/shm", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=1777"),
+        ("tmpfs", "/run", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=755,size=25%"),
+        ("tmpfs", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=1777,size=10%"),
+        ("cgroup2", CGROUP_ROOT, "cgroup2", safe, "nsdelegate"),
+    ):
+        if target.startswith("/dev/"):
+            os.makedirs(target, exist_ok=True)
+        try:
+            linux.mount(source, target, fstype, flags, data)
+        except BlockingIOError:
+            raise
+        except OSError as exc:
+            if exc.errno != 16:  # EBUSY: it is mounted there already
+                raise
+    for link, target in (
+        ("/dev/fd", "/proc/self/fd"),
+        ("/dev/stdin", "/proc/self/fd/0"),
+        ("/dev/stdout", "/proc/self/fd/1"),
+        ("/dev/stderr", "/proc/self/fd/2"),
+    ):
+        with contextlib.suppress(FileExistsError):
+            os.symlink(target, link)
+
+
+def raise_limits() -> None:
+    """Open files: each stream of each process is a pipe and a connection."""
+    import resource
+
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
+
+
+def find_scratch() -> str:
+    """The virtio-blk or SCSI disk whose serial is "scratch", or empty."""
+    from hyperpod.agent.layers import find_lun
+
+    for name in os.listdir("/sys/block"):
+        if not name.startswith("vd"):
+            continue
+        with contextlib.suppress(OSError), open(f"/sys/block/{name}/serial") as file:
+            if file.read().strip() == SCRATCH_SERIAL:
+                return f"/dev/{name}"
+    return find_lun(SCRATCH_SERIAL)
+
+
+def mount_scratch(target: str) -> None:
+    """Wait for the scratch disk and mount it. Raises OSError: without it there is no place for a container."""
+    deadline = time.monotonic() + SCRATCH_TIMEOUT
+    while not (node := find_scratch()):
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(f"no disk with serial {SCRATCH_SERIAL}")
+        time.sleep(0.01)  # nothing else runs yet: there is no event loop to hold up
+    os.makedirs(target, exist_ok=True)
+    linux.mount(node, target, "ext4", linux.MS_NOSUID | linux.MS_NODEV, "")

@@ -1,0 +1,114 @@
+"""System calls that Python's standard library lacks, through ctypes; each raises OSError."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import struct
+from typing import Any
+
+from hyperpod.errors import Unavailable
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REC, MS_PRIVATE, MS_SLAVE = 1 << 14, 1 << 18, 1 << 19
+MNT_DETACH = 2
+CLONE_NEWNS = 0x00020000
+PR_SET_CHILD_SUBREAPER = 36
+
+RB_POWER_OFF = 0x4321FEDC
+
+RNDADDENTROPY = 0x40085203
+SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
+
+LOOP_CTL_GET_FREE = 0x4C82
+LOOP_CONFIGURE = 0x4C0A
+LO_FLAGS_READ_ONLY, LO_FLAGS_AUTOCLEAR = 1, 4
+LOOP_MAJOR = 7
+_LOOP_CONFIG_SIZE = 304
+_LOOP_FLAGS_OFFSET = 8 + 52
+"""struct loop_config: fd u32, block_size u32, then loop_info64 with lo_flags after 52 bytes."""
+LOOP_TRIES = 20
+
+
+def _check(result: int, *context: Any) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), *context)
+
+
+def mount(source: str, target: str, fstype: str, flags: int = 0, data: str = "") -> None:
+    _check(
+        _libc.mount(
+            source.encode(), target.encode(), fstype.encode(), ctypes.c_ulong(flags), data.encode() or None
+        ),
+        f"mount {fstype} {target}",
+    )
+
+
+def umount(target: str, flags: int = 0) -> None:
+    _check(_libc.umount2(target.encode(), flags), target)
+
+
+def unshare(flags: int) -> None:
+    _check(_libc.unshare(flags), "unshare")
+
+
+def become_subreaper() -> None:
+    """Orphaned descendants become our children: containers' first processes after crun has left."""
+    _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
+
+
+def power_off() -> None:
+    _check(_libc.reboot(ctypes.c_int(RB_POWER_OFF - (1 << 32) if RB_POWER_OFF >= 1 << 31 else RB_POWER_OFF)))
+
+
+def add_entropy(data: bytes) -> None:
+    """Mix into the kernel's random pool and credit all of it."""
+    with open("/dev/urandom", "wb", buffering=0) as pool:
+        fcntl.ioctl(pool, RNDADDENTROPY, struct.pack(f"ii{len(data)}s", len(data) * 8, len(data), data))
+
+
+def interface_up(name: str) -> None:
+    """Set IFF_UP on an interface."""
+    import socket
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        request = struct.pack("16sH14x", name.encode(), 0)
+        flags = struct.unpack("16sH14x", fcntl.ioctl(sock, SIOCGIFFLAGS, request))[1]
+        fcntl.ioctl(sock, SIOCSIFFLAGS, struct.pack("16sH14x", name.encode(), flags | IFF_UP))
+
+
+def loop_attach(path: str) -> tuple[str, int]:
+    """A read-only loop device over `path`: its node, and an open fd that keeps it until it is mounted.
+
+    The device frees itself with its last user (AUTOCLEAR). Raises Unavailable when none is to be had.
+    """
+    config = bytearray(_LOOP_CONFIG_SIZE)
+    image = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        struct.pack_into("I", config, 0, image)
+        struct.pack_into("I", config, _LOOP_FLAGS_OFFSET, LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR)
+        for _ in range(LOOP_TRIES):
+            with open("/dev/loop-control", "rb", buffering=0) as control:
+                number = fcntl.ioctl(control, LOOP_CTL_GET_FREE)
+            node = f"/dev/loop{number}"
+            with contextlib.suppress(FileExistsError):
+                os.mknod(node, 0o60660, os.makedev(LOOP_MAJOR, number))
+            device = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(device, LOOP_CONFIGURE, bytes(config))
+            except BlockingIOError:
+                os.close(device)
+            except OSError as exc:
+                os.close(device)
+                if exc.errno != 16:  # EBUSY: somebody else took it first
+                    raise
+            else:
+                return node, device
+    finally:
+        os.close(image)
+    raise Unavailable(f"no free loop device after {LOOP_TRIES} tries")

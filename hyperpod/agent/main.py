@@ -1,0 +1,92 @@
+"""`python3 -I -S -m hyperpod.agent.main --guest` as PID 1, or `--host DIR` as a host process.
+
+A host agent listens on DIR/1024.sock and DIR/1025.sock for uid 0, and ends by SIGTERM: its containers with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+
+from hyperpod.agent.container import Tools
+from hyperpod.agent.containers import Containers
+from hyperpod.agent.environment import GuestPlace, HostPlace, Place, phase
+from hyperpod.agent.listener import CONTROL_PORT, STDIO_PORT, Listener, listen_unix, listen_vsock
+from hyperpod.agent.reaper import Reaper
+from hyperpod.agent.service import AgentService, h2_factory
+from hyperpod.agent.stdio import StdioConnection
+from hyperpod.errors import HyperpodError
+from hyperpod.tasks import TaskOwner
+from hyperpod.wire.preface import Identity
+
+log = logging.getLogger("hyperpod.agent")
+
+MAX_CONTROL, MAX_STDIO = 16, 2048
+"""Proven connections per port."""
+
+CLOSE_TIMEOUT = 20.0
+
+
+async def serve(directory: str | None) -> Place:
+    """Run until Shutdown or SIGTERM. `directory` is None in a guest."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    reaper = Reaper()
+    place: Place
+    if directory is None:
+        layout, cgroups = GuestPlace.prepare()
+        place = GuestPlace(layout, ended)
+    else:
+        layout, cgroups = HostPlace.prepare(directory, os.path.basename(directory.rstrip("/")))
+        place = HostPlace(layout, ended)
+        await HostPlace.clean(layout, cgroups)
+        loop.add_signal_handler(signal.SIGTERM, place.end)
+    owner = TaskOwner("agent", limit=16384)
+    containers = Containers(Tools(layout, cgroups, reaper, owner))
+    identity = Identity(claimable=lambda: len(containers) == 0)
+    control = Listener(CONTROL_PORT, identity, h2_factory(AgentService(containers, place)), MAX_CONTROL)
+    stdio = Listener(
+        STDIO_PORT,
+        identity,
+        lambda: StdioConnection(lambda o: containers.stream(o.container, o.exec_id, o.stream)),
+        MAX_STDIO,
+    )
+    for listener in (stdio, control):
+        port = listener.port
+        await listener.start(listen_vsock(port) if directory is None else listen_unix(directory, port))
+    phase("listening")
+    await ended.wait()
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT):
+            await containers.close()
+    except (TimeoutError, HyperpodError) as exc:
+        log.error("closing: %s", exc)
+    control.close()
+    stdio.close()
+    await owner.close()
+    if directory is not None:
+        cgroups.remove(layout.cgroup)
+    reaper.close()
+    return place
+
+
+def main(argv: list[str]) -> int:
+    """Exit code of the process; a guest's never returns."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="hyperpod-agent: %(levelname).1s %(message)s"
+    )
+    os.environ.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    if argv[:1] == ["--guest"]:
+        asyncio.run(serve(None)).power_off()
+    elif argv[:1] == ["--host"] and len(argv) == 2:
+        asyncio.run(serve(argv[1]))
+    else:
+        print("usage: --guest | --host DIR", file=sys.stderr)  # noqa: T201  # there is no other user interface
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

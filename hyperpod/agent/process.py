@@ -1,0 +1,156 @@
+"""The standard streams of one process as a set: made before it, joined to crun, ended after it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+import termios
+from collections.abc import Callable
+
+from hyperpod.agent.streams import InputStream, OutputStream, Terminal
+from hyperpod.errors import DeadlineExceeded, FailedPrecondition, NotFound
+
+PIPE_BYTES = 256 * 1024
+"""Buffer of an output pipe; Linux gives 64 KiB, which costs a fast writer a wake-up per 64 KiB."""
+
+EOF_TIMEOUT = 2.0
+"""Seconds after a process's end for its pipes to end; another process may have inherited them."""
+
+CONSOLE_TIMEOUT = 10.0
+
+
+def _closer(fd: int) -> Callable[[], None]:
+    return lambda: os.close(fd)
+
+
+class ProcessIO:
+    """Streams of a process. They exist, and may be opened by the host, before the process does."""
+
+    def __init__(self, *, tty: bool, stdin: bool, ends_with_peer: bool, eof_closes: bool) -> None:
+        self.tty = tty
+        self.stdin = InputStream(ends_with_peer=ends_with_peer, eof_closes=eof_closes) if stdin else None
+        self.stdout = OutputStream()
+        self.stderr = None if tty else OutputStream()
+        self._terminal: Terminal | None = None
+
+    def stream(self, name: str) -> InputStream | OutputStream:
+        """Raises NotFound for a stream that this process has not."""
+        found = {"stdin": self.stdin, "stdout": self.stdout, "stderr": self.stderr}.get(name)
+        if found is None:
+            raise NotFound(f"the process has no {name}")
+        return found
+
+    def resize(self, rows: int, cols: int) -> None:
+        """Raises FailedPrecondition without a running terminal."""
+        if self._terminal is None or self._terminal.fd < 0:
+            raise FailedPrecondition("the process has no terminal")
+        fcntl.ioctl(self._terminal.fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, cols, 0, 0))
+
+    def attach_terminal(self, master: int) -> None:
+        os.set_blocking(master, False)
+        self._terminal = terminal = Terminal(master)
+        self.stdout.start(master, terminal.use())
+        if self.stdin is not None:
+            self.stdin.start(master, terminal.use())
+
+    async def wait_for_output(self, timeout: float = EOF_TIMEOUT) -> None:
+        """Until all output is read, at most `timeout` seconds."""
+        outputs = [s.ended.wait() for s in (self.stdout, self.stderr) if s is not None]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await asyncio.gather(*outputs)
+
+    def process_ended(self) -> None:
+        """Nobody will read the input any more."""
+        if self.stdin is not None:
+            self.stdin.close_pipe()
+
+    def close(self) -> None:
+        """Forget all streams."""
+        for stream in (self.stdin, self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()
+
+
+class Pipes:
+    """The pipes for one start: `child` fds go to crun as 0, 1, 2; `commit` joins ours to the streams."""
+
+    def __init__(self, io: ProcessIO) -> None:
+        self._io = io
+        self._ours: list[int] = []
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        self.child = [null, null, null]
+        self._close = {null}
+        if io.tty:
+            return
+        if io.stdin is not None:
+            self.child[0], ours = self._pipe(ours_writes=True)
+            self._stdin = ours
+        self.child[1], self._stdout = self._pipe(ours_writes=False)
+        self.child[2], self._stderr = self._pipe(ours_writes=False)
+
+    def _pipe(self, *, ours_writes: bool) -> tuple[int, int]:
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        theirs, ours = (reading, writing) if ours_writes else (writing, reading)
+        os.set_blocking(ours, False)
+        self._close.add(theirs)
+        self._ours.append(ours)
+        if not ours_writes:
+            # Refused over the host's limit for one user's pipes: the default size does.
+            with contextlib.suppress(PermissionError):
+                fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        return theirs, ours
+
+    def commit(self) -> None:
+        """The process runs: its streams begin."""
+        io, self._ours = self._io, []
+        if io.tty:
+            return
+        if io.stdin is not None:
+            io.stdin.start(self._stdin, _closer(self._stdin))
+        io.stdout.start(self._stdout, _closer(self._stdout))
+        assert io.stderr is not None
+        io.stderr.start(self._stderr, _closer(self._stderr))
+
+    def close(self) -> None:
+        """Close the child's ends, and ours too unless committed."""
+        for fd in (*self._close, *self._ours):
+            os.close(fd)
+        self._close.clear()
+        self._ours.clear()
+
+
+class ConsoleSocket:
+    """Where crun sends the master side of a terminal that it made inside the container."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.bind(path)
+        self._socket.listen(1)
+        self._socket.setblocking(False)
+
+    async def receive(self) -> int:
+        """The fd of the terminal. Raises DeadlineExceeded, FailedPrecondition."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONSOLE_TIMEOUT):
+                connection, _ = await loop.sock_accept(self._socket)
+        except TimeoutError as exc:
+            raise DeadlineExceeded("crun sent no terminal") from exc
+        with connection:
+            connection.setblocking(True)
+            connection.settimeout(1.0)
+            _, fds, _, _ = socket.recv_fds(connection, 256, 1)
+        if not fds:
+            raise FailedPrecondition("crun sent no terminal")
+        os.set_inheritable(fds[0], False)
+        return fds[0]
+
+    def close(self) -> None:
+        self._socket.close()
+        os.unlink(self.path)

@@ -1,0 +1,160 @@
+"""The one owner of waitpid in the agent.
+
+Every child is started here and reaped here; a container's first process becomes our child when crun leaves
+(PID 1, or child subreaper). Anything else that reaps beside this loses exit codes, so asyncio's and the
+subprocess module's process classes are not used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+
+from hyperpod.errors import DeadlineExceeded, Unavailable
+
+log = logging.getLogger(__name__)
+
+OUTPUT_LIMIT = 64 * 1024
+"""Bytes kept of what a helper program prints."""
+
+_RESET = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGCHLD]
+"""Python ignores the first two; an ignored signal would stay ignored through exec, into the containers."""
+
+_ENV: Mapping[str, str] = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+
+
+def exit_code(status: int) -> int:
+    """From a wait status: 0..255, or 128 + the number of the signal."""
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+class Reaper:
+    """Reaps all children of this process; made and closed on the event loop's thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._watched: dict[int, asyncio.Future[int]] = {}
+        self._windows: list[dict[int, int]] = []
+        self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
+
+    def close(self) -> None:
+        self._loop.remove_signal_handler(signal.SIGCHLD)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            future = self._watched.pop(pid, None)
+            if future is not None:
+                if not future.done():
+                    future.set_result(exit_code(status))
+                continue
+            for window in self._windows:
+                window[pid] = exit_code(status)
+
+    @contextlib.contextmanager
+    def adopting(self) -> Iterator[dict[int, int]]:
+        """While open, exits of children that nobody watches are kept in the dict it gives (pid: code).
+
+        A grandchild whose pid is learnt late (from crun's pid file) may have ended by then; outside of such
+        a window an orphan's exit is forgotten at once, so that a reused pid never gets an old code.
+        """
+        window: dict[int, int] = {}
+        self._windows.append(window)
+        try:
+            yield window
+        finally:
+            self._windows.remove(window)
+
+    def watch(self, pid: int, window: dict[int, int] | None = None) -> asyncio.Future[int]:
+        """A future of the exit code of our (possibly adopted) child `pid`."""
+        future: asyncio.Future[int] = self._loop.create_future()
+        if window is not None and pid in window:
+            future.set_result(window[pid])
+        else:
+            self._watched[pid] = future
+        return future
+
+    def spawn(
+        self, argv: Sequence[str], stdin: int, stdout: int, stderr: int
+    ) -> tuple[int, asyncio.Future[int]]:
+        """Start a program in a session of its own with these three fds; gives pid and exit code future.
+
+        Raises Unavailable when it cannot be started.
+        """
+        # The three are first moved out of the way: one may be 0, 1 or 2 itself.
+        moved = [os.dup(fd) for fd in (stdin, stdout, stderr)]
+        try:
+            actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(moved)]
+            pid = os.posix_spawnp(
+                argv[0], list(argv), _ENV, file_actions=actions, setsid=True, setsigmask=(), setsigdef=_RESET
+            )
+        except OSError as exc:
+            raise Unavailable(f"{argv[0]} cannot be started: {exc.strerror}") from exc
+        finally:
+            for fd in moved:
+                os.close(fd)
+        return pid, self.watch(pid)
+
+    async def run(
+        self,
+        argv: Sequence[str],
+        timeout: float,
+        *,
+        stdin: int | None = None,
+        stdout: int | None = None,
+        stderr: int | None = None,
+    ) -> tuple[int, bytes]:
+        """Run a helper program to its end; gives its exit code and what it printed to the fds not given.
+
+        At its timeout it is killed and DeadlineExceeded raised. Output beyond OUTPUT_LIMIT is dropped.
+        """
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(writing, True)
+        collected = bytearray()
+        try:
+            try:
+                pid, ended = self.spawn(
+                    argv,
+                    null if stdin is None else stdin,
+                    writing if stdout is None else stdout,
+                    writing if stderr is None else stderr,
+                )
+            finally:
+                os.close(writing)
+                os.close(null)
+            self._loop.add_reader(reading, self._collect, reading, collected)
+            try:
+                code = await asyncio.wait_for(asyncio.shield(ended), timeout)
+            except (TimeoutError, asyncio.CancelledError) as exc:
+                if not ended.done():
+                    os.kill(pid, signal.SIGKILL)
+                if isinstance(exc, asyncio.CancelledError):
+                    raise
+                raise DeadlineExceeded(f"{argv[0]} did not end within {timeout:g} s") from exc
+            self._collect(reading, collected)
+        finally:
+            self._loop.remove_reader(reading)
+            os.close(reading)
+        return code, bytes(collected)
+
+    def _collect(self, fd: int, into: bytearray) -> None:
+        while True:
+            try:
+                data = os.read(fd, 16384)
+            except BlockingIOError:
+                return
+            if not data:
+                self._loop.remove_reader(fd)
+                return
+            into += data[: max(0, OUTPUT_LIMIT - len(into))]

@@ -1,0 +1,104 @@
+"""One connection of the stdio port: OPEN names a stream, then its frames go to and fro."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from hyperpod.agent.streams import InputStream, OutputStream
+from hyperpod.errors import HyperpodError
+from hyperpod.wire.stdio import Frame, FrameDecoder, Open, decode_open, encode_error
+
+log = logging.getLogger(__name__)
+
+HIGH_WATER = 256 * 1024
+"""Bytes queued in the transport before a stream stops sending."""
+
+OPEN_TIMEOUT = 10.0
+
+Find = Callable[[Open], InputStream | OutputStream]
+
+
+class StdioConnection(asyncio.Protocol):
+    """Speaks frames for one stream that `find` gives; implements streams.Peer."""
+
+    def __init__(self, find: Find) -> None:
+        self._find = find
+        self._decoder = FrameDecoder()
+        self._stream: InputStream | OutputStream | None = None
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self.writable = True
+
+    # -- asyncio.Protocol ---------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=HIGH_WATER)
+        self._timer = asyncio.get_running_loop().call_later(OPEN_TIMEOUT, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._transport = None
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.detach(self)
+
+    def pause_writing(self) -> None:
+        self.writable = False
+
+    def resume_writing(self) -> None:
+        self.writable = True
+        if isinstance(self._stream, OutputStream):
+            self._stream.flush()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for frame in self._decoder.feed(data):
+                if self._transport is None or self._transport.is_closing():
+                    return
+                self._receive(frame)
+        except HyperpodError as exc:
+            self.drop(str(exc))
+
+    # -- streams.Peer -------------------------------------------------------------------------------------
+
+    def send(self, buffers: Sequence[bytes | memoryview]) -> None:
+        if self._transport is not None:
+            self._transport.writelines(buffers)
+
+    def drop(self, why: str) -> None:
+        log.info("stdio connection dropped: %s", why)
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.detach(self)
+        if self._transport is not None:
+            self._transport.write(encode_error(why))
+            self._transport.close()
+
+    # -- frames -------------------------------------------------------------------------------------------
+
+    def _receive(self, frame: Frame) -> None:
+        stream = self._stream
+        if stream is None:
+            self._open(decode_open(frame))
+        else:
+            stream.receive(frame)
+
+    def _open(self, what: Open) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        stream = self._find(what)
+        self._stream = stream
+        try:
+            if isinstance(stream, OutputStream):
+                stream.attach(self, what.from_offset)
+            else:
+                stream.attach(self)
+        except HyperpodError:
+            self._stream = None
+            raise

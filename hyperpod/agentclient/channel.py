@@ -1,0 +1,165 @@
+"""A grpclib channel over one already open connection, with bounds on what the other side may send.
+
+grpclib has no inbound limit and takes no socket (facts of both in ARCHITECTURE.md), hence the overrides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from typing import Any, cast
+
+from grpclib.client import Channel, Stream
+from grpclib.config import Configuration
+from grpclib.const import Cardinality
+from grpclib.encoding.base import CodecBase
+from grpclib.metadata import Deadline
+from grpclib.protocol import H2Protocol
+from multidict import MultiDict
+
+from hyperpod.errors import ProtocolError, Unavailable
+
+MAX_MESSAGE = 64 * 1024
+"""Bytes of one message from an agent."""
+
+MAX_FIELDS = 1024
+"""Top-level fields of one message: an empty item costs 2 bytes to send and 3 us to decode."""
+
+_STREAM_WINDOW, _CONNECTION_WINDOW = 128 * 1024, 512 * 1024
+
+
+def count_fields(data: bytes, limit: int) -> int:
+    """Top-level fields of an encoded protobuf message. Raises ProtocolError over `limit` or when malformed."""
+    at, end, count = 0, len(data), 0
+    while at < end:
+        tag, at = _varint(data, at)
+        kind = tag & 7
+        if kind == 0:
+            _, at = _varint(data, at)
+        elif kind == 1:
+            at += 8
+        elif kind == 2:
+            length, at = _varint(data, at)
+            at += length
+        elif kind == 5:
+            at += 4
+        else:
+            raise ProtocolError(f"agent message: field of wire type {kind}")
+        count += 1
+        if count > limit:
+            raise ProtocolError(f"agent message: more than {limit} fields")
+    if at != end:
+        raise ProtocolError("agent message: truncated")
+    return count
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while shift < 70:
+        if at >= len(data):
+            raise ProtocolError("agent message: truncated")
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+    raise ProtocolError("agent message: a number of more than 10 bytes")
+
+
+class BoundedCodec(CodecBase):
+    """betterproto2 messages; what comes in is counted before it is decoded."""
+
+    __content_subtype__ = "proto"
+
+    def encode(self, message: Any, message_type: Any) -> bytes:
+        return bytes(message)
+
+    def decode(self, data: bytes, message_type: Any) -> Any:
+        count_fields(data, MAX_FIELDS)
+        try:
+            return message_type.parse(data)
+        except (ValueError, TypeError, IndexError, KeyError, EOFError, OverflowError, struct.error) as exc:
+            raise ProtocolError(f"agent message: not a {message_type.__name__}: {exc!r:.200}") from exc
+        except RecursionError as exc:
+            raise ProtocolError("agent message: nested too deeply") from exc
+
+
+class _BoundedStream(Stream[Any, Any]):
+    async def recv_message(self) -> Any:
+        """As grpclib's, but the length is looked at before anything is read."""
+        if not self._recv_initial_metadata_done:
+            await self.recv_initial_metadata()
+        assert self._wrapper is not None
+        with self._wrapper:
+            meta = await self._stream.recv_data(5)
+            if not meta:
+                return None
+            compressed, length = struct.unpack(">BI", meta)
+            if compressed or length > MAX_MESSAGE:
+                raise ProtocolError(
+                    f"agent message: {length} bytes, flag {compressed}; {MAX_MESSAGE} are allowed"
+                )
+            data = await self._stream.recv_data(length)
+            if len(data) != length:
+                raise ProtocolError("agent message: truncated")
+            self._messages_received += 1
+            self._stream.connection.messages_received += 1
+            self._stream.connection.last_message_received = time.monotonic()
+            return self._codec.decode(data, self._recv_type)
+
+
+class AgentChannel(Channel):
+    """One connection, made by `start`; when it is lost every call raises Unavailable."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            codec=BoundedCodec(),
+            config=Configuration(
+                http2_connection_window_size=_CONNECTION_WINDOW, http2_stream_window_size=_STREAM_WINDOW
+            ),
+        )
+
+    async def start(self, sock: socket.socket, trailing: bytes) -> None:
+        """Speak HTTP/2 on `sock`, of which `trailing` was read already. Takes over the socket."""
+        loop = asyncio.get_running_loop()
+        try:
+            _, protocol = await loop.create_connection(self._protocol_factory, sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+        self._protocol = protocol
+        if trailing:
+            protocol.data_received(trailing)
+
+    async def _create_connection(self) -> H2Protocol:
+        raise Unavailable("the connection to the agent is lost")
+
+    def request(
+        self,
+        name: str,
+        cardinality: Cardinality,
+        request_type: Any,
+        reply_type: Any,
+        *,
+        timeout: float | None = None,
+        deadline: Deadline | None = None,
+        metadata: Mapping[str, str | bytes] | Any = None,
+    ) -> Stream[Any, Any]:
+        """As grpclib's, with the bounded stream."""
+        if timeout is not None:
+            deadline = Deadline.from_timeout(timeout)
+        return _BoundedStream(
+            self,
+            name,
+            cast(Any, MultiDict(metadata or ())),
+            cardinality,
+            request_type,
+            reply_type,
+            codec=self._codec,
+            status_details_codec=None,
+            dispatch=self.__dispatch__,
+            deadline=deadline,
+        )

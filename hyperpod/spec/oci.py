@@ -1,0 +1,195 @@
+"""The OCI runtime spec of a container, for crun in the guest (or on the host): a pure builder.
+
+The network, UTS and user namespaces are the pod's, which for a VM are the guest's own; pid, ipc, mount and
+cgroup are the container's. `root.path` and `linux.cgroupsPath` are the agent's to fill in.
+
+Environment: an OCI spec is JSON, so it can carry UTF-8 only (crun's parser refuses other bytes, and turns an
+escaped code point into its UTF-8). A value that is not UTF-8 is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from hyperpod.errors import InvalidArgument
+from hyperpod.model.security import LinuxResources
+from hyperpod.spec.capabilities import effective
+from hyperpod.spec.seccomp import without_host_sockets
+
+MAX_ARGS_BYTES = 1 << 20
+"""Of argv and environment together; Linux itself takes at most 2 MiB with the default stack limit."""
+
+MASKED_PATHS = (
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+    "/sys/devices/virtual/powercap",
+)
+READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+NAMESPACES = ("pid", "ipc", "mount", "cgroup")
+
+
+@dataclass(frozen=True)
+class ContainerSpecInput:
+    """All that a spec is built from. Sizes in bytes, CPU times in microseconds."""
+
+    args: tuple[str, ...]
+    env: tuple[bytes, ...] = ()
+    """`KEY=value` each."""
+    cwd: str = "/"
+    uid: int = 0
+    gid: int = 0
+    additional_gids: tuple[int, ...] = ()
+    tty: bool = False
+    readonly_rootfs: bool = False
+    add_capabilities: tuple[str, ...] = ()
+    drop_capabilities: tuple[str, ...] = ()
+    no_new_privileges: bool = False
+    masked_paths: tuple[str, ...] = ()
+    """Empty: the defaults."""
+    readonly_paths: tuple[str, ...] = ()
+    """Empty: the defaults."""
+    resources: LinuxResources = field(default_factory=LinuxResources)
+    annotations: tuple[tuple[str, str], ...] = ()
+    seccomp: dict[str, Any] | None = None
+    """An OCI seccomp object to narrow further; None: only what no container gets is denied."""
+
+
+def build_spec(spec: ContainerSpecInput) -> bytes:
+    """UTF-8 JSON of the whole spec. Raises InvalidArgument that names what cannot be."""
+    document: dict[str, Any] = {
+        "ociVersion": "1.0.2",
+        "process": _process(spec),
+        "root": {"path": "", "readonly": spec.readonly_rootfs},
+        "mounts": _mounts(),
+        "linux": {
+            "cgroupsPath": "",
+            "namespaces": [{"type": name} for name in NAMESPACES],
+            "maskedPaths": list(spec.masked_paths or MASKED_PATHS),
+            "readonlyPaths": list(spec.readonly_paths or READONLY_PATHS),
+            "resources": _resources(spec.resources),
+            "seccomp": without_host_sockets(spec.seccomp),
+        },
+    }
+    if spec.annotations:
+        document["annotations"] = dict(spec.annotations)
+    return _encode(document)
+
+
+def build_process(spec: ContainerSpecInput) -> bytes:
+    """UTF-8 JSON of the OCI process object alone, for an exec. Raises InvalidArgument."""
+    return _encode(_process(spec))
+
+
+def _encode(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _process(spec: ContainerSpecInput) -> dict[str, Any]:
+    if not spec.args:
+        raise InvalidArgument("a container without a command")
+    if not spec.cwd.startswith("/"):
+        raise InvalidArgument(f"working directory {spec.cwd[:100]!r} is not absolute")
+    args = [_text(f"argument {i}", arg) for i, arg in enumerate(spec.args)]
+    env = [_variable(item) for item in spec.env]
+    if (size := sum(map(len, spec.args)) + sum(map(len, spec.env))) > MAX_ARGS_BYTES:
+        raise InvalidArgument(f"arguments and environment are {size} bytes, over {MAX_ARGS_BYTES}")
+    caps = effective(spec.add_capabilities, spec.drop_capabilities)
+    process: dict[str, Any] = {
+        "terminal": spec.tty,
+        "user": {"uid": spec.uid, "gid": spec.gid, "additionalGids": list(spec.additional_gids)},
+        "args": args,
+        "env": env,
+        "cwd": _text("working directory", spec.cwd),
+        "capabilities": {"bounding": caps, "effective": caps, "permitted": caps},
+        "noNewPrivileges": spec.no_new_privileges,
+    }
+    if spec.resources.oom_score_adj:
+        process["oomScoreAdj"] = spec.resources.oom_score_adj
+    return process
+
+
+def _text(what: str, value: str) -> str:
+    if "\0" in value:
+        raise InvalidArgument(f"{what} holds a NUL")
+    try:
+        value.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidArgument(f"{what} is not UTF-8") from exc
+    return value
+
+
+def _variable(item: bytes) -> str:
+    name, equals, _ = item.partition(b"=")
+    shown = name.decode(errors="replace")[:60]
+    if not name or not equals or b"\0" in item:
+        raise InvalidArgument(f"environment variable {shown!r}: no name, no '=', or a NUL")
+    try:
+        return item.decode()
+    except UnicodeDecodeError as exc:
+        raise InvalidArgument(f"environment variable {shown!r} is not UTF-8, which is not built yet") from exc
+
+
+def _mount(destination: str, kind: str, source: str, *options: str) -> dict[str, Any]:
+    return {"destination": destination, "type": kind, "source": source, "options": list(options)}
+
+
+def _mounts() -> list[dict[str, Any]]:
+    """The API file systems, as every CRI runtime gives them."""
+    safe = ("nosuid", "noexec", "nodev")
+    return [
+        _mount("/proc", "proc", "proc", *safe),
+        _mount("/dev", "tmpfs", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
+        _mount(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            "nosuid",
+            "noexec",
+            "newinstance",
+            "ptmxmode=0666",
+            "mode=0620",
+            "gid=5",
+        ),
+        _mount("/dev/mqueue", "mqueue", "mqueue", *safe),
+        _mount("/dev/shm", "tmpfs", "shm", *safe, "mode=1777", "size=65536k"),
+        _mount("/sys", "sysfs", "sysfs", *safe, "ro"),
+        _mount("/sys/fs/cgroup", "cgroup", "cgroup", *safe, "relatime", "ro"),
+    ]
+
+
+def _resources(resources: LinuxResources) -> dict[str, Any]:
+    """What is unset stays unset; devices: the standard ones are crun's own default, all else is denied."""
+    cpu: dict[str, Any] = {}
+    memory: dict[str, Any] = {}
+    if resources.cpu_shares:
+        cpu["shares"] = resources.cpu_shares
+    if resources.cpu_quota:
+        cpu["quota"] = resources.cpu_quota
+    if resources.cpu_period:
+        cpu["period"] = resources.cpu_period
+    if resources.cpuset_cpus:
+        cpu["cpus"] = resources.cpuset_cpus
+    if resources.cpuset_mems:
+        cpu["mems"] = resources.cpuset_mems
+    if resources.memory_limit:
+        memory["limit"] = resources.memory_limit
+    if resources.memory_swap_limit:
+        memory["swap"] = resources.memory_swap_limit
+    built: dict[str, Any] = {"devices": [{"allow": False, "access": "rwm"}]}
+    if cpu:
+        built["cpu"] = cpu
+    if memory:
+        built["memory"] = memory
+    if resources.unified:
+        built["unified"] = dict(resources.unified)
+    return built
