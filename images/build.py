@@ -4,8 +4,8 @@
 The result is cached as $HYPERPOD_CACHE/guest-<hash of the inputs>/ with
   root.img        read-only file system: Python, crun, their libraries, the agent; byte code only
   manifest.json   {"kind":"guest","version","root","fstype","api_version","cmdline",...}: the daemon reads it
-Nothing of a package is executed but Python itself (it compiles the modules, and proves that the agent can be
-imported from the finished tree). The same inputs give the same bytes.
+Nothing of a package is executed but Python (it compiles the modules, and proves that the agent can be imported
+from the finished tree) and `crun --version`. The same inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from images import modules, packages, tree  # noqa: E402  (the path above is needed first)
+from images import modules, tree  # noqa: E402  (the path above is needed first)
+from kernel import packages  # noqa: E402
 from kernel.artifacts import (  # noqa: E402
     BuildError,
     cache_dir,
@@ -82,7 +83,7 @@ def inputs(
     digest = hashlib.sha256()
     for name, path in sorted(agent.files.items()):
         digest.update(f"{name}\0{path.name == '__init__.py'}\0".encode() + path.read_bytes() + b"\0")
-    for path in sorted((ROOT / "images").glob("*.py")):
+    for path in [*sorted((ROOT / "images").glob("*.py")), ROOT / "kernel/packages.py"]:
         digest.update(path.read_bytes())
     return {
         "entry": entry,

@@ -23,10 +23,15 @@ class BuildError(Exception):
 
 
 def cache_dir() -> Path:
-    """Where built things live: $HYPERPOD_CACHE, else $XDG_CACHE_HOME/hyperpod, else ~/.cache/hyperpod."""
+    """Where built things live: $HYPERPOD_CACHE, else root's or the user's cache folder, as in the dev script.
+
+    Root's is not below /root: QEMU runs as a user of its own and must reach kernel and image.
+    """
     named = os.environ.get("HYPERPOD_CACHE")
     if named:
         return Path(named)
+    if os.geteuid() == 0:
+        return Path("/var/cache/hyperpod")
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hyperpod"
 
 
