@@ -224,7 +224,7 @@ class VsockDevice:
         self._report(error)
 
     def _report(self, error: ProtocolError) -> None:
-        log.error("vsock device stopped: %s", error)
-        self.failure = error
+        self.failure = ProtocolError(str(error))  # a copy: the traceback would keep guest memory mapped
+        log.error("vsock device stopped: %s", self.failure)
         if self._on_failure is not None:
-            self._on_failure(error)
+            self._on_failure(self.failure)

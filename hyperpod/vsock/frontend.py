@@ -189,8 +189,7 @@ class Session:
         except EOFError:
             log.info("QEMU closed the vhost-user socket")
         except ProtocolError as exc:
-            log.error("vhost-user session ended: %s", exc)
-            error = exc
+            error = ProtocolError(str(exc))  # a copy: the traceback would keep guest memory mapped
         self._stop_queues()
         self.close()
         self._owner.session_ended(error)
@@ -396,7 +395,7 @@ class Session:
             self._queues = self._make_queues(resumed)
         except ProtocolError as exc:
             # The guest chose the addresses: not QEMU's fault, and no reason to lose QEMU.
-            log.warning("rings not started: %s", exc)
+            log.warning("rings not started: %s", str(exc))
             self.break_rings()
             return
         continued = resumed or (place == self._stopped_at and not self._broken)

@@ -181,7 +181,7 @@ class Switch:
         try:
             event = stream.receive(packet)
         except ProtocolError as exc:
-            log.warning("stream to guest port %d reset: %s", stream.peer_port, exc)
+            log.warning("stream to guest port %d reset: %s", stream.peer_port, str(exc))
             self._reset(connection)
             return
         self._handle(connection, stream, packet, event, payload)
