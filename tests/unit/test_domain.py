@@ -1,0 +1,114 @@
+"""The domain XML says what DESIGN asks of a VM, and nothing can be smuggled into it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from xml.etree import ElementTree as ET
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyperpod.errors import InvalidArgument
+from hyperpod.spec.domain import NAMESPACE, QEMU_NAMESPACE, Disk, DomainSpec, disk_xml, domain_xml
+
+SPEC = DomainSpec(
+    name="hp-abc",
+    uuid="11111111-2222-4333-8444-555555555555",
+    instance_id="inst",
+    sandbox_id="f" * 64,
+    memory_mib=512,
+    max_memory_mib=1024,
+    vcpus=1,
+    max_vcpus=4,
+    accelerator="tcg",
+    kernel="/k/vmlinux",
+    initrd=None,
+    cmdline="console=ttyS0",
+    root="/g/root.img",
+    scratch="/s/a.raw",
+    console_socket="/r/console.sock",
+    vsock_socket="/r/vhost.sock",
+    vsock_cid=None,
+    uid=1500001,
+    gid=1500000,
+)
+
+
+def parsed(spec: DomainSpec) -> ET.Element:
+    return ET.fromstring(domain_xml(spec))
+
+
+def test_identity_and_user() -> None:
+    root = parsed(SPEC)
+    tag = root.find(f"metadata/{{{NAMESPACE}}}sandbox")
+    assert tag is not None
+    assert (tag.get("instance"), tag.get("id")) == ("inst", "f" * 64)
+    assert root.findtext("seclabel/label") == "+1500001:+1500000"
+    label = root.find("seclabel")
+    assert label is not None
+    assert label.attrib == {"type": "static", "model": "dac", "relabel": "no"}
+
+
+def test_memory_is_shared_and_can_grow() -> None:
+    root = parsed(SPEC)
+    access = root.find("memoryBacking/access")
+    assert access is not None
+    assert access.get("mode") == "shared"
+    assert root.findtext("maxMemory") == "1024"
+    cell = root.find("cpu/numa/cell")
+    assert cell is not None
+    assert cell.get("cpus") == "0-3"
+    assert parsed(replace(SPEC, max_memory_mib=512)).find("maxMemory") is None
+
+
+def test_disks() -> None:
+    root = parsed(SPEC)
+    first, second = root.findall("devices/disk")
+    assert first.find("readonly") is not None
+    assert second.find("readonly") is None
+    driver = second.find("driver")
+    assert driver is not None
+    assert (driver.get("error_policy"), driver.get("rerror_policy")) == ("report", "report")
+    assert all(d.get("type") == "raw" for d in root.iterfind("devices/disk/driver"))
+
+
+def test_kvm_and_the_kernels_vsock() -> None:
+    root = parsed(replace(SPEC, accelerator="kvm", vsock_socket=None, vsock_cid=77))
+    assert root.get("type") == "kvm"
+    cid = root.find("devices/vsock/cid")
+    assert cid is not None
+    assert cid.get("address") == "77"
+    assert root.find(f"{{{QEMU_NAMESPACE}}}commandline") is None
+
+
+def test_the_vhost_user_device_has_a_port_of_its_own() -> None:
+    args = [
+        a.get("value", "")
+        for a in parsed(SPEC).iterfind(f"{{{QEMU_NAMESPACE}}}commandline/{{{QEMU_NAMESPACE}}}arg")
+    ]
+    assert args[::2] == ["-chardev", "-device", "-device"]
+    port, device = (json.loads(args[i]) for i in (3, 5))
+    assert device["bus"] == port["id"]
+    comma = parsed(replace(SPEC, vsock_socket="/r/a,b"))
+    assert any("path=/r/a,,b" in (a.get("value") or "") for a in comma.iter(f"{{{QEMU_NAMESPACE}}}arg"))
+
+
+@given(st.text(max_size=40))
+def test_any_command_line_comes_back_as_it_went_in_or_is_refused(text: str) -> None:
+    try:
+        root = parsed(replace(SPEC, cmdline=text))
+    except InvalidArgument:
+        return
+    assert (root.findtext("os/cmdline") or "") == text
+
+
+@pytest.mark.parametrize(("unit", "name"), [(0, "sda"), (25, "sdz"), (26, "sdaa"), (249, "sdip")])
+def test_layer_disks_have_explicit_addresses(unit: int, name: str) -> None:
+    root = ET.fromstring(disk_xml(Disk(serial="s" * 32, path="/l", readonly=True, target=0, unit=unit)))
+    address, target = root.find("address"), root.find("target")
+    assert address is not None
+    assert target is not None
+    assert (address.get("controller"), address.get("unit"), target.get("dev")) == ("0", str(unit), name)
+    assert root.find("readonly") is not None
