@@ -1,0 +1,243 @@
+"""Requests to records, with every check that needs no state; protobuf types end here.
+
+All functions raise InvalidArgument that names the field.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from hyperpod.api.gen.runtime import v1 as cri
+from hyperpod.errors import InvalidArgument
+from hyperpod.model.container import Capabilities, ContainerConfig, ContainerMetadata
+from hyperpod.model.images import RegistryAuth
+from hyperpod.model.sandbox import DnsConfig, PortMapping, SandboxConfig, SandboxMetadata
+from hyperpod.model.security import LinuxResources, NamespaceMode, NamespaceOptions, SeccompKind
+
+MAX_NAME = 1024
+MAX_HOSTNAME = 64
+"""Bytes that Linux keeps of a host name."""
+MAX_PATH = 4095
+MAX_MAP_BYTES = 1 << 20
+"""Of labels, or of annotations; Kubernetes itself takes 256 KiB of annotations."""
+MAX_ITEMS = 65536
+MAX_ID = 2**32 - 2
+MAX_SECONDS = 99_999_999
+"""Longer timeouts are none: three years, and the most that gRPC's eight digits of seconds hold."""
+
+_NUL = re.compile("\0")
+
+
+def _text(where: str, value: str, limit: int = MAX_NAME, *, required: bool = False) -> str:
+    if required and not value:
+        raise InvalidArgument(f"{where} is missing")
+    if len(value) > limit:
+        raise InvalidArgument(f"{where} has {len(value)} characters, at most {limit} are taken")
+    if _NUL.search(value):
+        raise InvalidArgument(f"{where} holds a NUL")
+    return value
+
+
+def _texts(where: str, values: Sequence[str], limit: int = MAX_MAP_BYTES) -> tuple[str, ...]:
+    if len(values) > MAX_ITEMS:
+        raise InvalidArgument(f"{where} has {len(values)} items, at most {MAX_ITEMS} are taken")
+    return tuple(_text(f"{where}[{i}]", value, limit) for i, value in enumerate(values))
+
+
+def _map(where: str, values: Mapping[str, str]) -> dict[str, str]:
+    if (size := sum(len(k) + len(v) for k, v in values.items())) > MAX_MAP_BYTES:
+        raise InvalidArgument(f"{where} has {size} characters, at most {MAX_MAP_BYTES} are taken")
+    return dict(values)
+
+
+def _number(where: str, value: int, low: int, high: int) -> int:
+    if not low <= value <= high:
+        raise InvalidArgument(f"{where} is {value}; {low} to {high} is possible")
+    return value
+
+
+def _id(where: str, value: cri.Int64Value | None) -> int | None:
+    """uid or gid; a present zero is root, an absent message is unset."""
+    return None if value is None else _number(where, value.value, 0, MAX_ID)
+
+
+def _ids(where: str, values: Sequence[int]) -> tuple[int, ...]:
+    if len(values) > MAX_ITEMS:
+        raise InvalidArgument(f"{where} has {len(values)} items, at most {MAX_ITEMS} are taken")
+    return tuple(_number(f"{where}[{i}]", value, 0, MAX_ID) for i, value in enumerate(values))
+
+
+def seconds(where: str, value: int) -> int:
+    """A timeout; 0 keeps the meaning that the RPC gives it."""
+    return min(_number(where, value, 0, 2**63 - 1), MAX_SECONDS)
+
+
+def resources(where: str, value: cri.LinuxContainerResources | None) -> LinuxResources:
+    """CRI to record, in the ranges that the kernel takes."""
+    if value is None:
+        return LinuxResources()
+    if value.cpu_period:
+        _number(f"{where}.cpu_period", value.cpu_period, 1000, 1_000_000)
+    if value.cpu_quota not in (0, -1):
+        _number(f"{where}.cpu_quota", value.cpu_quota, 1000, 2**44)
+    return LinuxResources(
+        cpu_period=value.cpu_period,
+        cpu_quota=value.cpu_quota,
+        cpu_shares=_number(f"{where}.cpu_shares", value.cpu_shares, 0, 262_144),
+        memory_limit=_number(f"{where}.memory_limit_in_bytes", value.memory_limit_in_bytes, 0, 2**60),
+        memory_swap_limit=_number(
+            f"{where}.memory_swap_limit_in_bytes", value.memory_swap_limit_in_bytes, -1, 2**60
+        ),
+        oom_score_adj=_number(f"{where}.oom_score_adj", value.oom_score_adj, -1000, 1000),
+        cpuset_cpus=_text(f"{where}.cpuset_cpus", value.cpuset_cpus),
+        cpuset_mems=_text(f"{where}.cpuset_mems", value.cpuset_mems),
+        unified=_map(f"{where}.unified", value.unified),
+    )
+
+
+def _namespaces(value: cri.NamespaceOption | None) -> NamespaceOptions:
+    if value is None:
+        return NamespaceOptions()
+    return NamespaceOptions(
+        network=NamespaceMode(value.network.name),
+        pid=NamespaceMode(value.pid.name),
+        ipc=NamespaceMode(value.ipc.name),
+        target_id=value.target_id,
+    )
+
+
+def _seccomp(value: cri.SecurityProfile | None) -> SeccompKind:
+    return SeccompKind.UNSET if value is None else SeccompKind(value.profile_type.name)
+
+
+def sandbox_config(config: cri.PodSandboxConfig | None) -> SandboxConfig:
+    """RunPodSandboxRequest.config to the record."""
+    if config is None:
+        raise InvalidArgument("config is missing")
+    meta = config.metadata
+    if meta is None:
+        raise InvalidArgument("config.metadata is missing")
+    linux = config.linux or cri.LinuxPodSandboxConfig()
+    security = linux.security_context or cri.LinuxSandboxSecurityContext()
+    dns = config.dns_config
+    context = "config.linux.security_context"
+    return SandboxConfig(
+        metadata=SandboxMetadata(
+            name=_text("config.metadata.name", meta.name, required=True),
+            uid=_text("config.metadata.uid", meta.uid, required=True),
+            namespace=_text("config.metadata.namespace", meta.namespace, required=True),
+            attempt=meta.attempt,
+        ),
+        hostname=_text("config.hostname", config.hostname, MAX_HOSTNAME),
+        log_directory=_text("config.log_directory", config.log_directory, MAX_PATH),
+        dns=None
+        if dns is None
+        else DnsConfig(
+            servers=_texts("config.dns_config.servers", dns.servers),
+            searches=_texts("config.dns_config.searches", dns.searches),
+            options=_texts("config.dns_config.options", dns.options),
+        ),
+        port_mappings=tuple(
+            PortMapping(
+                protocol=port.protocol.name or "",
+                container_port=port.container_port,
+                host_port=port.host_port,
+                host_ip=port.host_ip,
+            )
+            for port in config.port_mappings
+        ),
+        labels=_map("config.labels", config.labels),
+        annotations=_map("config.annotations", config.annotations),
+        has_linux=config.linux is not None,
+        cgroup_parent=_text("config.linux.cgroup_parent", linux.cgroup_parent, MAX_PATH),
+        namespaces=_namespaces(security.namespace_options),
+        run_as_user=_id(f"{context}.run_as_user", security.run_as_user),
+        run_as_group=_id(f"{context}.run_as_group", security.run_as_group),
+        readonly_rootfs=security.readonly_rootfs,
+        supplemental_groups=_ids(f"{context}.supplemental_groups", security.supplemental_groups),
+        seccomp=_seccomp(security.seccomp),
+        sysctls=_map("config.linux.sysctls", linux.sysctls),
+        resources=resources("config.linux.resources", linux.resources),
+        overhead=resources("config.linux.overhead", linux.overhead),
+    )
+
+
+def stop_signal(value: cri.Signal) -> str:
+    """`SIGRTMINPLUS3` to `SIGRTMIN+3`; empty for RUNTIME_DEFAULT."""
+    if value == cri.Signal.RUNTIME_DEFAULT:
+        return ""
+    return (value.name or "").replace("PLUS", "+").replace("MINUS", "-")
+
+
+def container_config(config: cri.ContainerConfig | None) -> ContainerConfig:
+    """CreateContainerRequest.config to the record."""
+    if config is None:
+        raise InvalidArgument("config is missing")
+    if config.metadata is None:
+        raise InvalidArgument("config.metadata is missing")
+    if config.image is None:
+        raise InvalidArgument("config.image is missing")
+    linux = config.linux or cri.LinuxContainerConfig()
+    security = linux.security_context or cri.LinuxContainerSecurityContext()
+    capabilities = security.capabilities or cri.Capability()
+    context = "config.linux.security_context"
+    if len(config.envs) > MAX_ITEMS:
+        raise InvalidArgument(f"config.envs has {len(config.envs)} items, at most {MAX_ITEMS} are taken")
+    return ContainerConfig(
+        metadata=ContainerMetadata(
+            name=_text("config.metadata.name", config.metadata.name, required=True),
+            attempt=config.metadata.attempt,
+        ),
+        image=_text("config.image.image", config.image.image, required=True),
+        user_specified_image=_text("config.image.user_specified_image", config.image.user_specified_image),
+        image_annotations=_map("config.image.annotations", config.image.annotations),
+        command=_texts("config.command", config.command),
+        args=_texts("config.args", config.args),
+        working_dir=_text("config.working_dir", config.working_dir, MAX_PATH),
+        envs=tuple((_text("config.envs.key", env.key, MAX_MAP_BYTES), env.value) for env in config.envs),
+        labels=_map("config.labels", config.labels),
+        annotations=_map("config.annotations", config.annotations),
+        log_path=_text("config.log_path", config.log_path, MAX_PATH),
+        stdin=config.stdin,
+        stdin_once=config.stdin_once,
+        tty=config.tty,
+        resources=resources("config.linux.resources", linux.resources),
+        capabilities=Capabilities(
+            add=_texts(f"{context}.capabilities.add_capabilities", capabilities.add_capabilities),
+            drop=_texts(f"{context}.capabilities.drop_capabilities", capabilities.drop_capabilities),
+            add_ambient=_texts(
+                f"{context}.capabilities.add_ambient_capabilities", capabilities.add_ambient_capabilities
+            ),
+        ),
+        namespaces=_namespaces(security.namespace_options),
+        run_as_user=_id(f"{context}.run_as_user", security.run_as_user),
+        run_as_group=_id(f"{context}.run_as_group", security.run_as_group),
+        run_as_username=_text(f"{context}.run_as_username", security.run_as_username),
+        readonly_rootfs=security.readonly_rootfs,
+        supplemental_groups=_ids(f"{context}.supplemental_groups", security.supplemental_groups),
+        no_new_privs=security.no_new_privs,
+        masked_paths=_texts(f"{context}.masked_paths", security.masked_paths, MAX_PATH),
+        readonly_paths=_texts(f"{context}.readonly_paths", security.readonly_paths, MAX_PATH),
+        seccomp=_seccomp(security.seccomp),
+        stop_signal=stop_signal(config.stop_signal),
+    )
+
+
+def auth(value: cri.AuthConfig | None) -> RegistryAuth | None:
+    """None when nothing is given."""
+    if value is None or not bytes(value):
+        return None
+    return RegistryAuth(
+        username=value.username,
+        password=value.password,
+        auth=value.auth,
+        identity_token=value.identity_token,
+        registry_token=value.registry_token,
+        server_address=value.server_address,
+    )
+
+
+def image_name(spec: cri.ImageSpec | None) -> str:
+    """The reference or id that an image RPC is about."""
+    return _text("image.image", spec.image if spec is not None else "", required=True)

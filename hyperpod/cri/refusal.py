@@ -1,0 +1,224 @@
+"""One table of what becomes of every field of the two requests that describe pods and containers.
+
+A field is honoured, or harmless to ignore for the reason given, or refused by name when it is set: nothing a
+user asks for is dropped silently. A test walks the interface and fails for a field that is in none of the
+classes, so a newer CRI cannot bring one in unnoticed. README lists the harmless and the refused ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import betterproto2
+
+from hyperpod.api.gen.runtime import v1 as cri
+from hyperpod.errors import InvalidArgument, Unsupported
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Honoured:
+    """Converted and acted upon; of a message without rules of its own this covers all that is in it."""
+
+
+@dataclass(frozen=True)
+class Harmless:
+    """Ignored; `reason` says why nobody misses it."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Not built: an error when set, that is, present, not empty and not zero."""
+
+    why: str = "not built yet"
+
+
+@dataclass(frozen=True)
+class Only:
+    """Honoured for these values, the others are refused; `never` when they cannot make sense in a VM."""
+
+    values: tuple[Any, ...]
+    why: str = "not built yet"
+    never: bool = False
+
+
+Rule = Honoured | Harmless | Refused | Only
+Table = dict[str, Rule]
+HONOURED = Honoured()
+_POD, _CONTAINER, _NODE = cri.NamespaceMode.POD, cri.NamespaceMode.CONTAINER, cri.NamespaceMode.NODE
+_NO_PAUSE = "a VM needs no pause process, so there is nothing that it could apply to"
+_NO_HOST = "a pod in a VM has namespaces of its own; run host pods with another runtime handler"
+_WINDOWS = "this is a Linux runtime"
+_PROFILES = (cri.SecurityProfileProfileType.RuntimeDefault, cri.SecurityProfileProfileType.Unconfined)
+_OLD_PROFILES = ("", "runtime/default", "docker/default", "unconfined")
+
+
+def _under(prefix: str, table: Table) -> Table:
+    return {f"{prefix}.{path}": rule for path, rule in table.items()}
+
+
+def _honoured(*paths: str) -> Table:
+    return dict.fromkeys(paths, HONOURED)
+
+
+_NAMESPACES: Table = {
+    "network": Only((_POD,), _NO_HOST, never=True),
+    # POD and CONTAINER are both given a namespace per container: README, "What is not there".
+    "pid": Only((_POD, _CONTAINER), f"TARGET is not built yet; NODE: {_NO_HOST}"),
+    "ipc": Only((_POD,), _NO_HOST, never=True),
+    "target_id": Refused("pid=TARGET is not built yet"),
+    # The kubelet sends NODE for every pod that does not ask for a user namespace.
+    "userns_options.mode": Only((_NODE,), "user namespaces are not built yet"),
+    "userns_options.uids": Refused("user namespaces are not built yet"),
+    "userns_options.gids": Refused("user namespaces are not built yet"),
+}
+_SELINUX: Table = dict.fromkeys(("user", "role", "type", "level"), Refused("the guest has no SELinux"))
+_PROFILE: Table = {
+    "profile_type": Only(_PROFILES, "Localhost profiles are not built yet"),
+    "localhost_ref": Refused("Localhost profiles are not built yet"),
+}
+_RESOURCES: Table = {
+    **_honoured("cpu_period", "cpu_quota", "cpu_shares", "memory_limit_in_bytes", "oom_score_adj"),
+    **_honoured("cpuset_cpus", "cpuset_mems", "unified", "memory_swap_limit_in_bytes"),
+    # The kubelet sends a limit of 0 for every page size of the host.
+    "hugepage_limits[].page_size": Harmless("counts with a limit only"),
+    "hugepage_limits[].limit": Refused("the guest has no huge pages"),
+}
+_POD_RESOURCES: Table = {
+    **_honoured("cpu_period", "cpu_quota", "memory_limit_in_bytes"),
+    "cpu_shares": Harmless("a weight among the host's VMs; each has its vCPUs"),
+    "oom_score_adj": Harmless(_NO_PAUSE),
+    "cpuset_cpus": Refused("pinning vCPUs is not built yet"),
+    "cpuset_mems": Refused("pinning a VM's memory is not built yet"),
+    "unified": Refused("cgroup settings of a whole VM are not built yet"),
+    "memory_swap_limit_in_bytes": Harmless("the guest has no swap; its memory is the limit"),
+    "hugepage_limits[].page_size": Harmless("counts with a limit only"),
+    "hugepage_limits[].limit": Refused("the guest has no huge pages"),
+}
+_IMAGE: Table = {
+    **_honoured("image", "annotations", "user_specified_image"),
+    "runtime_handler": Only(("", "vm"), "no such runtime handler", never=True),
+    "image_ref": Harmless("names the image of a volume; here `image` does"),
+}
+
+RUN_POD_SANDBOX: Table = {
+    "runtime_handler": HONOURED,
+    **_honoured("config.metadata", "config.hostname", "config.log_directory"),
+    **_honoured("config.labels", "config.annotations"),
+    "config.dns_config": Harmless("a pod has loopback only: no name server can be reached"),
+    "config.port_mappings[].protocol": Harmless("counts with a host_port only"),
+    "config.port_mappings[].container_port": Harmless("tells, opens nothing"),
+    "config.port_mappings[].host_port": Refused("a pod has loopback only; host ports are not built yet"),
+    "config.port_mappings[].host_ip": Harmless("counts with a host_port only"),
+    "config.windows": Refused(_WINDOWS),
+    "config.linux.cgroup_parent": Harmless("VMs are not placed below it yet; their size is bounded anyway"),
+    "config.linux.sysctls": Refused("sysctls are not built yet"),
+    **_under("config.linux.overhead", _POD_RESOURCES),
+    **_under("config.linux.resources", _POD_RESOURCES),
+    **_under("config.linux.security_context.namespace_options", _NAMESPACES),
+    **_under("config.linux.security_context.selinux_options", _SELINUX),
+    "config.linux.security_context.run_as_user": Harmless(_NO_PAUSE),
+    "config.linux.security_context.run_as_group": Harmless(_NO_PAUSE),
+    "config.linux.security_context.readonly_rootfs": Harmless(_NO_PAUSE),
+    "config.linux.security_context.supplemental_groups": Harmless(_NO_PAUSE),
+    "config.linux.security_context.supplemental_groups_policy": Harmless(_NO_PAUSE),
+    "config.linux.security_context.privileged": Refused("privileged pods are not built yet"),
+    **_under("config.linux.security_context.seccomp", _PROFILE),
+    **_under("config.linux.security_context.apparmor", _PROFILE),
+    "config.linux.security_context.seccomp_profile_path": Only(_OLD_PROFILES),
+}
+
+CREATE_CONTAINER: Table = {
+    "pod_sandbox_id": HONOURED,
+    "sandbox_config": Harmless("the configuration given to RunPodSandbox holds"),
+    **_honoured("config.metadata", "config.command", "config.args", "config.working_dir", "config.envs"),
+    **_honoured("config.labels", "config.annotations", "config.log_path"),
+    **_honoured("config.stdin", "config.stdin_once", "config.tty", "config.stop_signal"),
+    **_under("config.image", _IMAGE),
+    "config.mounts": Refused("mounts are not built yet"),
+    "config.devices": Refused("devices are not built yet"),
+    "config.CDI_devices": Refused("CDI devices are not built yet"),
+    "config.windows": Refused(_WINDOWS),
+    **_under("config.linux.resources", _RESOURCES),
+    "config.linux.security_context.capabilities.add_capabilities": HONOURED,
+    "config.linux.security_context.capabilities.drop_capabilities": HONOURED,
+    "config.linux.security_context.capabilities.add_ambient_capabilities": Refused(),
+    "config.linux.security_context.privileged": Refused("privileged containers are not built yet"),
+    **_under("config.linux.security_context.namespace_options", _NAMESPACES),
+    **_under("config.linux.security_context.selinux_options", _SELINUX),
+    "config.linux.security_context.run_as_user": HONOURED,
+    "config.linux.security_context.run_as_group": HONOURED,
+    "config.linux.security_context.run_as_username": Refused("give run_as_user by number"),
+    "config.linux.security_context.readonly_rootfs": HONOURED,
+    "config.linux.security_context.supplemental_groups": HONOURED,
+    "config.linux.security_context.supplemental_groups_policy": Harmless(
+        "groups of the image's /etc/group are not read: both policies give the listed ones"
+    ),
+    "config.linux.security_context.no_new_privs": HONOURED,
+    "config.linux.security_context.masked_paths": HONOURED,
+    "config.linux.security_context.readonly_paths": HONOURED,
+    **_under("config.linux.security_context.seccomp", _PROFILE),
+    **_under("config.linux.security_context.apparmor", _PROFILE),
+    "config.linux.security_context.apparmor_profile": Only(_OLD_PROFILES),
+    "config.linux.security_context.seccomp_profile_path": Only(_OLD_PROFILES),
+}
+
+TABLES: dict[type[betterproto2.Message], Table] = {
+    cri.RunPodSandboxRequest: RUN_POD_SANDBOX,
+    cri.CreateContainerRequest: CREATE_CONTAINER,
+}
+
+
+def refuse(request: betterproto2.Message) -> None:
+    """Call first in every RPC. Raises Unsupported or InvalidArgument that names the field's path.
+
+    Unknown enum values are refused in any request; the table holds for the requests that it lists."""
+    table = TABLES.get(type(request), {})
+    for path, where, value in _fields(request, table):
+        rule = table.get(path)
+        if isinstance(rule, Refused) and value:
+            raise Unsupported(f"{where} is set: {rule.why}")
+        if isinstance(rule, Only) and value not in rule.values:
+            error = InvalidArgument if rule.never else Unsupported
+            raise error(f"{where} is {_show(value)}: {rule.why}")
+
+
+def _fields(
+    message: betterproto2.Message, table: Table, path: str = "", where: str = ""
+) -> Iterator[tuple[str, str, Any]]:
+    """All fields below `message` that have a rule or no fields of their own: table path, place, value.
+
+    Raises InvalidArgument for an unknown enum value."""
+    if message._unknown_fields:
+        log.warning("%s has fields of a newer CRI, which are ignored", where or type(message).__name__)
+    for field in dataclasses.fields(message):  # type: ignore[arg-type]  # every message is a dataclass
+        value = getattr(message, field.name)
+        dot = "." if path else ""
+        below, place = f"{path}{dot}{field.name}", f"{where}{dot}{field.name}"
+        rule = table.get(below)
+        if isinstance(value, betterproto2.Enum) and value not in list(type(value)):
+            raise InvalidArgument(f"{place} has the unknown value {int(value)}")
+        if isinstance(value, betterproto2.Message):
+            # A message that is present counts as set although all in it be zero.
+            if rule is not None:
+                yield below, place, True
+            if not isinstance(rule, Harmless | Refused):
+                yield from _fields(value, table, below, place)
+        elif (
+            isinstance(value, list) and rule is None and value and isinstance(value[0], betterproto2.Message)
+        ):
+            for number, item in enumerate(value):
+                yield from _fields(item, table, f"{below}[]", f"{place}[{number}]")
+        elif value is not None:
+            yield below, place, value
+
+
+def _show(value: Any) -> str:
+    return str(value.name) if isinstance(value, betterproto2.Enum) else repr(value)[:100]
