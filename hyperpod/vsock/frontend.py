@@ -275,6 +275,8 @@ class Session:
             self._set_eventfd(request, payload, fds)
         elif request is Request.SET_VRING_ENABLE:
             index, enabled = self._ring_state(payload)
+            if not enabled:
+                self._stop_queues()
             self._change(index, enabled=bool(enabled))
             self._start_queues()
         elif request is Request.RESET_OWNER:

@@ -20,6 +20,7 @@ from hyperpod.errors import ProtocolError
 from hyperpod.vsock.connection import WATCH_IN, BadHandshake, Connection, Phase
 from hyperpod.vsock.journal import SLOTS, Journal
 from hyperpod.wire.vsock import packet as wire
+from hyperpod.wire.vsock.buffers import scatter, split, split_writable, trim
 from hyperpod.wire.vsock.packet import HEADER, HEADER_SIZE, HOST_CID, MAX_PAYLOAD, TYPE_STREAM, Packet
 from hyperpod.wire.vsock.stream import Event, Stream
 from hyperpod.wire.vsock.virtqueue import Chain, Virtqueue
@@ -36,8 +37,9 @@ HANDSHAKE_SECONDS: Final = 5.0
 REQUEST_SECONDS: Final = 30.0
 LINGER_SECONDS: Final = 10.0  # without progress, after the client closed
 
-_TX_PACKETS: Final = 256  # per pass
-_RX_PACKETS: Final = 256
+# Per pass: at most 4 MiB from the guest and half a MiB to it, a few milliseconds of the loop.
+_TX_PACKETS: Final = 64
+_RX_PACKETS: Final = 128
 _BURST: Final = 16  # receive buffers per read of a client's socket
 _EVENTS: Final = 256
 # Answers to packets of unknown streams that may wait for receive buffers; then the transmit ring waits too.
@@ -158,12 +160,12 @@ class Switch:
         return True
 
     def _take(self, chain: Chain) -> None:
-        header, payload = _split(chain.pieces)
+        header, payload = split(chain.pieces)
         packet = wire.decode(header)
         if packet.length:
             if packet.length > MAX_PAYLOAD:
                 raise ProtocolError(f"packet of {packet.length} bytes")
-            payload = _trim(payload, packet.length)
+            payload = trim(payload, packet.length)
         if packet.src_cid != self._cid or packet.dst_cid != HOST_CID:
             return  # nobody we could answer
         connection = self._streams.get(packet.dst_port)
@@ -236,7 +238,7 @@ class Switch:
                     if rx.enable_kicks():
                         continue
                     return False
-                _scatter(chain.pieces, self._next_control())
+                scatter(chain.pieces, self._next_control())
                 rx.push(chain.head, HEADER_SIZE)
                 budget -= 1
             elif self._ready:
@@ -289,7 +291,7 @@ class Switch:
                 if not chains:
                     return -1
                 break
-            header, payload = _split_for_write(chain.pieces)
+            header, payload = split_writable(chain.pieces)
             size = 0
             for piece in payload:
                 take = min(len(piece), room, MAX_PAYLOAD - size)
@@ -333,7 +335,7 @@ class Switch:
             if len(header) == 1:
                 HEADER.pack_into(header[0], 0, *route, take, TYPE_STREAM, wire.OP_RW, 0, *credit)
             else:
-                _scatter(header, HEADER.pack(*route, take, TYPE_STREAM, wire.OP_RW, 0, *credit))
+                scatter(header, HEADER.pack(*route, take, TYPE_STREAM, wire.OP_RW, 0, *credit))
             rx.push(head, HEADER_SIZE + take)
             filled += 1
         unused = len(chains) - filled
@@ -496,58 +498,3 @@ class Switch:
         del self._clients[connection.fd]
         self._epoll.unregister(connection.fd)
         connection.sock.close()
-
-
-def _split(pieces: list[memoryview]) -> tuple[bytes | memoryview, list[memoryview]]:
-    """The header and the payload of a chain. Raises ProtocolError when it is shorter than a header."""
-    if pieces and len(pieces[0]) == HEADER_SIZE:
-        return pieces[0], pieces[1:]
-    header, payload = _split_for_write(pieces, room=0)
-    return (header[0] if len(header) == 1 else b"".join(header)), payload
-
-
-def _split_for_write(pieces: list[memoryview], room: int = 1) -> tuple[list[memoryview], list[memoryview]]:
-    """The pieces of a chain that take the header, and those for at least `room` bytes of payload."""
-    if pieces:
-        first = pieces[0]
-        if len(first) > HEADER_SIZE:
-            return [first[:HEADER_SIZE]], [first[HEADER_SIZE:], *pieces[1:]]
-    header: list[memoryview] = []
-    payload: list[memoryview] = []
-    missing = HEADER_SIZE
-    for piece in pieces:
-        if missing:
-            header.append(piece[:missing])
-            piece = piece[missing:]  # noqa: PLW2901  # the rest of it is payload
-            missing -= len(header[-1])
-        if piece:
-            payload.append(piece)
-    if missing or (room and not payload):
-        raise ProtocolError(f"buffer of {sum(map(len, pieces))} bytes where a packet should fit")
-    return header, payload
-
-
-def _trim(pieces: list[memoryview], length: int) -> list[memoryview]:
-    """The first `length` bytes. Raises ProtocolError when there are fewer."""
-    if len(pieces) == 1 and len(pieces[0]) >= length:
-        return [pieces[0][:length]]
-    kept: list[memoryview] = []
-    for piece in pieces:
-        if not length:
-            break
-        kept.append(piece[:length])
-        length -= len(kept[-1])
-    if length:
-        raise ProtocolError("packet longer than its descriptors")
-    return kept
-
-
-def _scatter(pieces: list[memoryview], data: bytes) -> None:
-    """Write `data` over the pieces; raises ProtocolError when they are too short."""
-    for piece in pieces:
-        part = min(len(piece), len(data))
-        piece[:part] = data[:part]
-        data = data[part:]
-        if not data:
-            return
-    raise ProtocolError("receive buffer too short for a header")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +28,7 @@ from hyperpod.wire.vsock.packet import (
     OP_SHUTDOWN,
     Packet,
 )
+from hyperpod.wire.vsock.vhost_user import Request
 from tests.component.vsock_guest import EVENT_INDEX, GUEST_CID, INDIRECT, SIZE, Guest
 
 T = TypeVar("T")
@@ -207,6 +209,46 @@ async def test_close_by_the_client_delivers_first(setup: Setup) -> None:
     assert (await setup.guest.receive())[1] == b"abcdef"
     assert (await setup.guest.expect(OP_SHUTDOWN)).flags == 3
     setup.guest.transmit(OP_RST, request)
+
+
+async def test_what_the_guest_sends_to_a_closed_client_is_dropped_and_credited(setup: Setup) -> None:
+    sock, request = await setup.stream()
+    sock.close()
+    assert (await setup.guest.expect(OP_SHUTDOWN)).flags == 3
+    counted = 0
+    for sent in range(4096, 4 * BUFFER + 1, 4096):
+        setup.guest.transmit(OP_RW, request, bytes(4096))
+        await setup.guest.sent()
+        if sent - counted == BUFFER:
+            while counted < sent:
+                counted = (await setup.guest.expect(OP_CREDIT_UPDATE)).fwd_cnt
+    setup.guest.transmit(OP_RST, request)
+
+
+async def test_a_disabled_ring_rests_until_it_is_enabled(setup: Setup) -> None:
+    sock, request = await setup.stream()
+    await setup.guest.ask(Request.SET_VRING_ENABLE, struct.pack("<II", 1, 0), flags=8)
+    assert not setup.device.guest_up
+    setup.guest.transmit(OP_RW, request, b"later")
+    await setup.guest.ask(Request.SET_VRING_ENABLE, struct.pack("<II", 1, 1), flags=8)
+    assert await receive(sock, 5) == b"later"
+    sock.close()
+
+
+async def test_a_silent_client_is_closed(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperpod.vsock.switch.HANDSHAKE_SECONDS", 0.05)
+    reader, writer = await asyncio.open_unix_connection(setup.device.hybrid_path)
+    assert await soon(reader.read()) == b""
+    writer.close()
+
+
+async def test_a_guest_that_never_answers(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hyperpod.vsock.switch.REQUEST_SECONDS", 0.05)
+    task = await setup.dial()
+    await setup.guest.expect(OP_REQUEST)
+    with pytest.raises(Unavailable):
+        await task
+    await setup.guest.expect(OP_RST)
 
 
 async def test_undelivered_bytes_of_a_closed_client_do_not_stay_for_ever(
