@@ -1,8 +1,9 @@
 """Gives the root folder of a squashfs its owner and time; sqfstar 4.5.1 puts its own user and clock there.
 
 Works on images built with -noI, whose inode and id tables are not compressed (layout: the kernel's
-fs/squashfs/squashfs_fs.h). Owners are indexes into the id table; sqfstar's own uid and gid have entries that
-only the root uses, unless the layer has files of theirs, so those entries are free to become others.
+fs/squashfs/squashfs_fs.h). Owners are indexes into the id table. sqfstar's own uid and gid have entries that
+only the root uses, because files of theirs were given aliases; so those entries are free to become others,
+and the aliases' entries become the true ids.
 """
 
 from __future__ import annotations
@@ -19,14 +20,23 @@ _IDS_PER_BLOCK = _BLOCK // 4
 _STORED = 0x8000
 
 
-def set_root(file: BinaryIO, *, mode: int, uid: int, gid: int, mtime: int, free_ids: set[int]) -> None:
-    """Rewrite the root inode. `free_ids`: ids whose entries only the root uses. Raises ImageError."""
+def set_root(
+    file: BinaryIO, *, mode: int, uid: int, gid: int, mtime: int, own: set[int], aliases: dict[int, int]
+) -> None:
+    """Rewrite the root inode. Raises ImageError for what is no such image.
+
+    `own`: the builder's uid and gid, which only the root has; `aliases`: id in the image to true id."""
     fields = _SUPER.unpack(_read(file, 0, _SUPER.size))
     if fields[0] != _MAGIC:
         raise ImageError("the image builder wrote no squashfs")
     count, root, id_start, inode_start = fields[8], fields[11], fields[13], fields[15]
     ids = [_id_at(file, id_start, n) for n in range(count)]
-    free = [n for n, (value, _) in enumerate(ids) if value in free_ids and value not in (uid, gid)]
+    free = [n for n, (value, _) in enumerate(ids) if value in own]
+    for n in free:
+        ids[n] = (-1, ids[n][1])
+    for n, (value, at) in enumerate(ids):
+        if value in aliases:
+            ids[n] = (_put_id(file, at, aliases[value]), at)
     indexes = []
     for wanted in (uid, gid):
         index = next((n for n, (value, _) in enumerate(ids) if value == wanted), None)
@@ -34,13 +44,18 @@ def set_root(file: BinaryIO, *, mode: int, uid: int, gid: int, mtime: int, free_
             if not free:
                 raise ImageError(f"no way to give the root folder the owner {uid}:{gid}")
             index = free.pop()
-            file.seek(ids[index][1])
-            file.write(struct.pack("<I", wanted))
-            ids[index] = (wanted, ids[index][1])
+            at = ids[index][1]
+            ids[index] = (_put_id(file, at, wanted), at)
         indexes.append(index)
     # Behind the inode's type (2 bytes): mode, index of uid, index of gid, mtime.
     data = struct.pack("<HHHI", mode, *indexes, mtime)
     _write_metadata(file, inode_start + (root >> 16), (root & 0xFFFF) + 2, data)
+
+
+def _put_id(file: BinaryIO, at: int, value: int) -> int:
+    file.seek(at)
+    file.write(struct.pack("<I", value))
+    return value
 
 
 def _id_at(file: BinaryIO, start: int, index: int) -> tuple[int, int]:

@@ -237,6 +237,11 @@ class ImageStore:
         self._carried.clear()
         await self._sweep()
 
+    @property
+    def sweeping(self) -> bool:
+        """Background work is going on: pulls, removals of layer files."""
+        return len(self._owner) > 0
+
     def _unused(self) -> builtins.list[StoredImage]:
         """Removed images that nobody leases."""
         kept = {image_id for held in self._leases.values() for image_id in held} | self._carried

@@ -16,6 +16,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from hyperpod.image.stream import Blob
 from hyperpod.image.unpack import unpack
 from hyperpod.logs import printable
 from hyperpod.spec.layers import LayerTree, Plan
-from hyperpod.spec.layertar import emit
+from hyperpod.spec.layertar import Copy, emit
 from hyperpod.spec.tarindex import TarParser
 
 MEMORY = 4 << 30
@@ -101,14 +103,16 @@ def index(blob: Blob, job: dict[str, Any]) -> tuple[Plan, int]:
 
 def build(blob: Blob, plan: Plan, job: dict[str, Any]) -> None:
     """Pass 2: the canonical tar through sqfstar into `output`."""
-    errors = Path("builder.log")
+    own = {os.getuid(), os.getgid()}
+    unused = (number for number in count(1 << 20) if number not in plan.ids)
+    aliases = {number: next(unused) for number in own & plan.ids}  # see rootinode
+    errors = os.memfd_create("builder")  # no file: the disk may be full
     command = ["sqfstar", "-comp", job["compressor"], "-no-progress", "-quiet", "-mem", "256M"]
     command += ["-noI", "-mkfs-time", "0", job["output"]]  # -noI: for set_root
-    with errors.open("wb") as log:
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=errors, stderr=errors)
     assert child.stdin is not None
     try:
-        _feed(blob, plan, child.stdin.fileno())
+        _feed(blob, emit(plan, aliases), child.stdin.fileno())
         child.stdin.close()
     except BrokenPipeError:
         pass  # the builder's exit code and its log say why
@@ -117,7 +121,7 @@ def build(blob: Blob, plan: Plan, job: dict[str, Any]) -> None:
         raise
     finally:
         code = child.wait()
-    text = printable(errors.read_bytes(), 400).strip()
+    text = printable(os.pread(errors, 1 << 16, 0), 400).strip()
     if code != 0:
         if "No space left" in text or "Disk quota" in text or "File too large" in text:
             raise ResourceExhausted(f"no room for the layer's image: {text}")
@@ -130,16 +134,17 @@ def build(blob: Blob, plan: Plan, job: dict[str, Any]) -> None:
             uid=root.uid,
             gid=root.gid,
             mtime=root.mtime,
-            free_ids={os.getuid(), os.getgid()} - plan.ids,
+            own=own,
+            aliases={alias: true for true, alias in aliases.items()},
         )
 
 
-def _feed(blob: Blob, plan: Plan, out: int) -> None:
+def _feed(blob: Blob, pieces_of_tar: Iterator[bytes | Copy], out: int) -> None:
     pieces = blob.pieces()
     piece, start = memoryview(b""), 0  # start: offset of `piece` in the uncompressed stream
     progress = Progress()
     pending = bytearray()
-    for item in emit(plan):
+    for item in pieces_of_tar:
         if isinstance(item, bytes):
             pending += item
             if len(pending) < 1 << 16:
