@@ -206,7 +206,13 @@ class ContainerManager:
                 log.warning("container %s: its log misses output: %s", container.short, result)
         except HyperpodError as exc:
             log.warning("container %s: end of log not confirmed: %s", container.short, exc)
-        reason = Reason.OOM_KILLED if info.oom_killed else Reason.COMPLETED if info.exit_code == 0 else Reason.ERROR
+        reason = (
+            Reason.OOM_KILLED
+            if info.oom_killed
+            else Reason.COMPLETED
+            if info.exit_code == 0
+            else Reason.ERROR
+        )
         started = container.status.started_at or container.record.created_at
         finished = min(max(info.finished_at_ns, started), now_ns())
         await self._finish(container, info.exit_code, reason, "", finished, started_at=started)

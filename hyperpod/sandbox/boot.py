@@ -14,7 +14,7 @@ from pathlib import Path
 from hyperpod import failpoints
 from hyperpod.agentclient.types import HelloInfo
 from hyperpod.config import Config
-from hyperpod.errors import BootError, DeadlineExceeded, HyperpodError
+from hyperpod.errors import BootError, DeadlineExceeded, HyperpodError, Unavailable
 from hyperpod.hypervisor.base import Hypervisor
 from hyperpod.hypervisor.scratch import ScratchDisks
 from hyperpod.logs import printable
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SHIM_TIMEOUT = 20.0
 """Seconds for a shim to listen: a fork, plus what a loaded host adds."""
 
+SHIM_RETRY = 0.01
 DESTROY_TIMEOUT = 30.0
 
 
@@ -94,10 +95,19 @@ class VmBuilder:
             device=sandbox.record.vsock == "vhost-user",
             resume=resume,
         )
-        await self.connect_shim(sandbox)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + SHIM_TIMEOUT
+        while True:
+            try:
+                await self.connect_shim(sandbox)
+                return
+            except Unavailable:
+                if loop.time() > deadline:
+                    raise
+                await asyncio.sleep(SHIM_RETRY)
 
     async def connect_shim(self, sandbox: LiveSandbox) -> None:
-        """Connect to a running shim and tell it where its agent is."""
+        """Connect to a running shim and tell it where its agent is. Raises Unavailable when there is none."""
         shim = ShimClient(str(sandbox.directory / "control.sock"))
         await shim.connect(timeout=SHIM_TIMEOUT)
         await shim.agent(sandbox.endpoint, sandbox.record.token)
