@@ -464,7 +464,12 @@ def _map_region(region: MemoryRegion, fd: int) -> memoryview:
 
 
 def _check_eventfd(fd: int) -> None:
-    if Path(f"/proc/self/fd/{fd}").readlink() != Path("anon_inode:[eventfd]"):
+    """Raises ProtocolError when a read of `fd` could block or give something else than a counter."""
+    try:
+        target = str(Path(f"/proc/self/fd/{fd}").readlink())
+    except OSError as exc:
+        raise ProtocolError(f"a descriptor of unknown kind: {exc}") from exc
+    if target != "anon_inode:[eventfd]":
         raise ProtocolError("a kick or call descriptor that is no eventfd")
     os.set_blocking(fd, False)
 
