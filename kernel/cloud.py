@@ -138,7 +138,7 @@ def depends(module: bytes) -> list[str]:
 def vmlinux(image: bytes) -> bytes | None:
     """The ELF file inside a bzImage, or None if nothing here can unpack it.
 
-    The bzImage would do as well, and start 0.3 s later when emulated. Offsets are those of the x86 boot protocol, "The real-mode kernel header".
+    The bzImage would do as well. Offsets are those of the x86 boot protocol, "The real-mode kernel header".
     """
     if image[0x202:0x206] != b"HdrS":
         raise BuildError("the kernel image is no bzImage")
