@@ -23,7 +23,9 @@ def log_path(log_directory: str, path: str) -> str:
 
 
 def open_log(path: str) -> int:
-    """Open for appending (and reading: the shim rescans after a crash), make parents; the caller closes. Raises InvalidArgument with the reason."""
+    """Open for appending (and reading: the shim rescans after a crash), make parents; the caller closes.
+
+    Raises InvalidArgument with the reason."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, LOG_MODE)
