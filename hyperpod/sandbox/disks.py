@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from pydantic import TypeAdapter
 
 from hyperpod.errors import ResourceExhausted
 from hyperpod.hypervisor.base import Disk, Hypervisor
-from hyperpod.image.store import LayerFile
 from hyperpod.store.records import write_atomic
 
 MAX_LUNS = 250
 """Target 0, units 0 to 249; above 255 SCSI changes the LUN's format (SAM-5 4.7)."""
 
 _State = TypeAdapter(dict[str, int])
+
+
+class LayerImage(Protocol):
+    """A layer as a file of the host: its digest and where it lies."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def path(self) -> str: ...
 
 
 def serial_of(layer: str) -> str:
@@ -48,7 +59,7 @@ class LayerDisks:
         for layer in layers:
             self._users.setdefault(serial_of(layer), set()).add(owner)
 
-    async def attach(self, layers: list[LayerFile], owner: str) -> None:
+    async def attach(self, layers: Sequence[LayerImage], owner: str) -> None:
         """Make every layer visible to the guest. When it raises, nothing is counted."""
         async with self._lock:
             fresh: list[Disk] = []
