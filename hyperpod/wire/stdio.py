@@ -233,7 +233,7 @@ class _Receiver:
 class HostReader(_Receiver):
     """The host's side of one connection that reads stdout or stderr.
 
-    Send `start()`, feed what arrives, handle the payloads, send `ack()`. Gaps move `offset` and count in
+    Send `start()`, feed what arrives, handle the DATA frames, send `ack()`. Gaps move `offset` and count in
     `gap_bytes`. A connection that ends while `eof` is False has failed.
     """
 
@@ -247,9 +247,12 @@ class HostReader(_Receiver):
     def start(self) -> bytes:
         return encode_open(self.request)
 
-    def feed(self, data: bytes) -> list[bytes | memoryview]:
-        """The payloads that came, in order. Raises ProtocolError, StreamRefused."""
-        out: list[bytes | memoryview] = []
+    def feed(self, data: bytes) -> list[Frame]:
+        """The DATA frames that came; one that does not follow the last is after a gap.
+
+        Raises ProtocolError, StreamRefused.
+        """
+        out: list[Frame] = []
         for frame in self._decoder.feed(data):
             kind = frame.type
             if kind is FrameType.ERROR:
@@ -261,7 +264,7 @@ class HostReader(_Receiver):
                 self._skip(frame.offset)
             elif kind is FrameType.DATA:
                 self._data(frame)
-                out.append(frame.payload)
+                out.append(frame)
             elif kind is FrameType.EOF:
                 self._end(frame)
             elif kind is FrameType.GAP:
@@ -324,7 +327,7 @@ class AgentSender:
         self.finished = True
 
     def attach(self, from_offset: int) -> bytes:
-        """A (new) connection reads from `from_offset`. Returns OPENED. Raises ProtocolError: not there yet."""
+        """A new connection reads from `from_offset`; returns OPENED. Raises ProtocolError: not there yet."""
         if from_offset > self.end:
             raise ProtocolError(f"stdio: opened at {from_offset}, the stream has {self.end} bytes")
         self.ack(max(from_offset, self.base), opening=True)

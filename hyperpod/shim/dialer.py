@@ -1,0 +1,39 @@
+"""Where the sandbox's agent is, once the daemon has told."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+from hyperpod.vsock.dial import Endpoint
+from hyperpod.vsock.open import STDIO_PORT, open_agent
+
+_TIMEOUT = 5.0
+
+
+class AgentDialer:
+    """Opens proven connections to the stdio port of one sandbox's agent."""
+
+    def __init__(self, sandbox_id: str) -> None:
+        self._sandbox_id = sandbox_id
+        self._target: tuple[Endpoint, bytes] | None = None
+        self._known = asyncio.Event()
+
+    @property
+    def known(self) -> bool:
+        return self._target is not None
+
+    def set(self, endpoint: Endpoint, token: bytes) -> None:
+        self._target = endpoint, token
+        self._known.set()
+
+    async def open(self) -> tuple[socket.socket, bytes]:
+        """A non-blocking socket and what was read past the preface.
+
+        Waits (without end: for the daemon) until the agent is known. Raises Unavailable, DeadlineExceeded,
+        ProtocolError.
+        """
+        await self._known.wait()
+        assert self._target is not None
+        endpoint, token = self._target
+        return await open_agent(endpoint, STDIO_PORT, self._sandbox_id, token, timeout=_TIMEOUT)
