@@ -66,7 +66,7 @@ def close_all_but(keep: Iterable[int]) -> None:
 
 def start_time(pid: int) -> int:
     """Clock ticks from boot to the process's start: with the pid, its identity. Raises OSError."""
-    return int(_stat_fields("self" if pid == os.getpid() else str(pid))[19])
+    return int(_stat_fields(str(pid))[19])
 
 
 def set_title(name: str, title: str) -> None:
@@ -74,9 +74,8 @@ def set_title(name: str, title: str) -> None:
 
     The title is written over the arguments and, if it needs, the environment after them (proc(5), cmdline).
     """
-    _prctl(
-        _PR_SET_NAME, ctypes.cast(ctypes.create_string_buffer(name.encode()[:15]), ctypes.c_void_p).value or 0
-    )
+    short = ctypes.create_string_buffer(name.encode()[:15])
+    _prctl(_PR_SET_NAME, ctypes.addressof(short))
     fields = _stat_fields("self")
     arg_start, arg_end, env_end = int(fields[45]), int(fields[46]), int(fields[48])
     if not arg_start < arg_end <= env_end:
