@@ -5,10 +5,15 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.client
+import http.server
+import json
 import signal
 import socket
+import ssl
 import subprocess
+import threading
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,13 +24,15 @@ _HTPASSWD = "puller:$2y$05$abcdefghijklmnopqrstuuUXKlvQTwfK/kphhjbeRlh5zvpJx1LLu
 """USER and PASSWORD by bcrypt."""
 
 
-class Registry:
-    """`address` is host:port. Pushes are authenticated when the registry is."""
+SERVICE, IDENTITY = "test-registry", "identity-t0ken"
 
-    def __init__(self, address: str, folder: Path, auth: bool) -> None:
+
+class Registry:
+    """`address` is host:port. Pushes carry `authorization` if there is one."""
+
+    def __init__(self, address: str, folder: Path, authorization: str) -> None:
         self.address, self.folder = address, folder
-        token = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-        self._headers = {"Authorization": f"Basic {token}"} if auth else {}
+        self._headers = {"Authorization": authorization} if authorization else {}
 
     def request(self, method: str, path: str, body: bytes = b"", media: str = "") -> tuple[int, str]:
         """Status and Location."""
@@ -64,25 +71,116 @@ class Registry:
         return self.folder / "docker/registry/v2/blobs/sha256" / value[:2] / value / "data"
 
 
+class Issuer:
+    """Makes JSON web tokens that a registry takes (distribution's token authentication specification)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.realm = "http://127.0.0.1:1/unused"
+        self._key, self.certificate = folder / "key.pem", folder / "cert.pem"
+        command = [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-subj",
+            "/CN=issuer",
+            "-days",
+            "2",
+        ]
+        subprocess.run(
+            [*command, "-keyout", self._key, "-out", self.certificate], check=True, capture_output=True
+        )
+
+    def token(self, repository: str) -> str:
+        """Access to push and pull one repository for an hour."""
+        der = ssl.PEM_cert_to_DER_cert(self.certificate.read_text())
+        now = int(time.time())
+        header = {"typ": "JWT", "alg": "RS256", "x5c": [base64.b64encode(der).decode()]}
+        claims = {"iss": SERVICE, "aud": SERVICE, "sub": "x", "jti": "1", "nbf": now - 60, "exp": now + 3600}
+        access = [{"type": "repository", "name": repository, "actions": ["push", "pull"]}]
+        parts = [
+            _base64url(json.dumps(x).encode()) for x in (header, {**claims, "iat": now, "access": access})
+        ]
+        signing: list[str | Path] = ["openssl", "dgst", "-sha256", "-sign", self._key]
+        signed = subprocess.run(
+            signing, input=".".join(parts).encode(), check=True, capture_output=True
+        ).stdout
+        return ".".join([*parts, _base64url(signed)])
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """The server at `realm`: trades the refresh token IDENTITY for an access token (OAuth 2)."""
+        issuer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                form = urllib.parse.parse_qs(self._body().decode())
+                good = form.get("refresh_token") == [IDENTITY] and form.get("grant_type") == ["refresh_token"]
+                body = json.dumps({"access_token": issuer.token("team/app")} if good else {}).encode()
+                self.send_response(200 if good else 401)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def _body(self) -> bytes:
+                """Go sends forms chunked (RFC 9112 7.1)."""
+                body = b""
+                while size := int(self.rfile.readline(), 16):
+                    body += self.rfile.read(size)
+                    self.rfile.readline()
+                self.rfile.readline()
+                return body
+
+            def do_GET(self) -> None:
+                self.send_error(401)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            self.realm = f"http://127.0.0.1:{server.server_port}/token"
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            try:
+                yield
+            finally:
+                server.shutdown()
+                thread.join()
+
+
+def _base64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
 @contextlib.contextmanager
-def running(folder: Path, *, auth: bool = False) -> Iterator[Registry]:
-    """A registry until the end of the block; 127.0.0.1 with a free port."""
+def running(folder: Path, *, auth: bool = False, issuer: Issuer | None = None) -> Iterator[Registry]:
+    """A registry until the end of the block; 127.0.0.1 with a free port.
+
+    `auth`: with USER and PASSWORD; `issuer`: with bearer tokens of that issuer."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     config = f"version: 0.1\nlog: {{level: error}}\nhttp: {{addr: '{address}'}}\n"
     config += f"storage: {{filesystem: {{rootdirectory: '{folder}'}}, cache: {{}}}}\n"
+    authorization = ""
     if auth:
         (folder / "htpasswd").write_text(_HTPASSWD)
         config += f"auth: {{htpasswd: {{realm: test, path: '{folder}/htpasswd'}}}}\n"
+        authorization = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    if issuer is not None:
+        config += f"auth: {{token: {{realm: '{issuer.realm}', service: {SERVICE}, issuer: {SERVICE}, "
+        config += f"rootcertbundle: '{issuer.certificate}'}}}}\n"
+        authorization = f"Bearer {issuer.token('team/app')}"
     (folder / "config.yml").write_text(config)
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             ["docker-registry", "serve", folder / "config.yml"], stdout=log, stderr=log
         )
     try:
-        registry = Registry(address, folder, auth)
+        registry = Registry(address, folder, authorization)
         deadline = time.monotonic() + 20
         while True:
             try:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from hyperpod.errors import ImageError, ResourceExhausted
 from hyperpod.image import manifest as m
+from hyperpod.image.bearer import TokenProxy
 from hyperpod.image.convert import open_blob
 from hyperpod.image.process import run
 from hyperpod.image.reference import Reference
 from hyperpod.image.settings import ImageSettings
-from hyperpod.image.skopeo import Skopeo, explain, location
+from hyperpod.image.skopeo import Skopeo, explain, host_of, is_for, is_loopback, location
 from hyperpod.model.images import ImageConfig, RegistryAuth
 
 log = logging.getLogger(__name__)
@@ -68,10 +69,20 @@ class Pull:
     def __init__(self, reference: Reference, folder: Path, settings: ImageSettings) -> None:
         self.reference, self.folder, self.settings = reference, folder, settings
         self.what = f"pull of {reference}"
-        self._skopeo = Skopeo(folder, reference, settings)
+        self._skopeo = Skopeo(folder, host_of(reference, settings), settings)
 
     async def fetch(self, auth: RegistryAuth | None) -> StagedImage:
         """Raises NotFound, PermissionDenied, Unavailable, DeadlineExceeded, ResourceExhausted, ImageError."""
+        host = self._skopeo.host
+        if auth is None or not auth.registry_token or not is_for(auth, host):
+            return await self._fetch(auth)
+        plain = is_loopback(host) or host in self.settings.insecure_registries
+        proxy = TokenProxy(host, auth.registry_token, plain=plain)
+        async with proxy.serving():
+            self._skopeo = Skopeo(self.folder, proxy.address, self.settings)
+            return await self._fetch(proxy.credentials)
+
+    async def _fetch(self, auth: RegistryAuth | None) -> StagedImage:
         limits = self.settings.limits
         await asyncio.to_thread(self._skopeo.prepare, auth)
         raw = await self._inspect(self.reference.digest)
@@ -100,7 +111,7 @@ class Pull:
         return staged(self.what, top, manifest, config, {x.digest: target / x.hex for x in manifest.layers})
 
     async def _inspect(self, digest: str) -> bytes:
-        source = location(self.reference, digest, self.settings)
+        source = location(self.reference, digest, self._skopeo.host)
         what = f"{self.what}: resolving"
         finished = await run(
             self._skopeo.inspect(source),
@@ -133,7 +144,7 @@ class Pull:
         target.mkdir(mode=0o700)
         os.chown(target, self.settings.uid, self.settings.gid)
         finished = await run(
-            self._skopeo.copy(location(self.reference, digest, self.settings), "blobs"),
+            self._skopeo.copy(location(self.reference, digest, self._skopeo.host), "blobs"),
             what=what,
             cwd=self.folder,
             env=self._skopeo.environment(),

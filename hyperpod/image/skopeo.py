@@ -21,7 +21,6 @@ from hyperpod.errors import (
     PermissionDenied,
     ResourceExhausted,
     Unavailable,
-    Unsupported,
 )
 from hyperpod.image.reference import DEFAULT_HOST, Reference
 from hyperpod.image.settings import ImageSettings
@@ -70,9 +69,9 @@ def host_of(reference: Reference, settings: ImageSettings) -> str:
     return settings.mirror or reference.host
 
 
-def location(reference: Reference, digest: str, settings: ImageSettings) -> str:
+def location(reference: Reference, digest: str, host: str) -> str:
     """skopeo's name of the image; registries.conf has no mirror for all hosts, so the host is put in here."""
-    name = f"{host_of(reference, settings)}/{reference.path}"
+    name = f"{host}/{reference.path}"
     return f"docker://{name}@{digest}" if digest else f"docker://{name}:{reference.tag}"
 
 
@@ -82,19 +81,19 @@ def is_loopback(host: str) -> bool:
     return name in ("localhost", "[::1]") or re.fullmatch(r"127(\.\d{1,3}){3}", name) is not None
 
 
+def is_for(auth: RegistryAuth, host: str) -> bool:
+    """Whether the credentials may be shown to this registry."""
+    server = re.sub(r"^https?://", "", auth.server_address).partition("/")[0]
+    if server in ("index.docker.io", "registry-1.docker.io"):
+        server = DEFAULT_HOST
+    return server in ("", host)
+
+
 def auth_file(auth: RegistryAuth | None, host: str) -> bytes:
     """containers-auth.json(5). Raises InvalidArgument for credentials that cannot be read."""
     empty = b'{"auths":{}}'
-    if auth is None:
+    if auth is None or not is_for(auth, host):
         return empty
-    if auth.server_address:
-        server = re.sub(r"^https?://", "", auth.server_address).partition("/")[0]
-        if server in ("index.docker.io", "registry-1.docker.io"):
-            server = DEFAULT_HOST
-        if server != host:
-            return empty  # meant for another registry: it must not see them
-    if auth.registry_token:
-        raise Unsupported("registry_token: bearer tokens given in advance are not built yet")
     entry: dict[str, str] = {}
     if auth.identity_token:
         entry["identitytoken"] = auth.identity_token
@@ -117,12 +116,11 @@ def auth_file(auth: RegistryAuth | None, host: str) -> bytes:
 class Skopeo:
     """Prepares the folder of one pull and builds command lines that run in it."""
 
-    def __init__(self, folder: Path, reference: Reference, settings: ImageSettings) -> None:
-        self.folder, self.settings = folder, settings
-        self.host = host_of(reference, settings)
+    def __init__(self, folder: Path, host: str, settings: ImageSettings) -> None:
+        self.folder, self.host, self.settings = folder, host, settings
 
     def prepare(self, auth: RegistryAuth | None) -> None:
-        """Write the configuration. Blocking. Raises InvalidArgument or Unsupported for the credentials."""
+        """Write the configuration. Blocking. Raises InvalidArgument for the credentials."""
         secret = auth_file(auth, self.host)
         uid, gid = self.settings.uid, self.settings.gid
         for name in ("home", "tmp", "registries.d"):

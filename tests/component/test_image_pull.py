@@ -198,6 +198,42 @@ async def test_credentials(closed: reg.Registry, store: ImageStore, caplog: pyte
     assert reg.PASSWORD not in caplog.text and pair not in caplog.text
 
 
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[reg.Registry, reg.Issuer]]:
+    folder = tmp_path_factory.mktemp("tokens")
+    issuer = reg.Issuer(folder)
+    with issuer.serving(), reg.running(folder / "registry", issuer=issuer) as running:
+        running.push("team/app", "v1", IMAGE)
+        yield running, issuer
+
+
+async def test_registry_token(
+    tokens: tuple[reg.Registry, reg.Issuer], store: ImageStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    registry, issuer = tokens
+    name = f"{registry.address}/team/app:v1"
+    token = issuer.token("team/app")
+    other = RegistryAuth(registry_token=issuer.token("team/other"))
+    for auth in (None, other, RegistryAuth(registry_token="nonsense")):
+        with pytest.raises(errors.PermissionDenied):
+            await store.pull(name, auth)
+    image = await store.pull(name, RegistryAuth(registry_token=token))
+    assert image.id == IMAGE.config_digest and image.repo_tags == (name,)
+    assert token not in caplog.text
+    with pytest.raises(errors.NotFound):
+        await store.pull(f"{registry.address}/team/app:none", RegistryAuth(registry_token=token))
+    with pytest.raises(errors.InvalidArgument):
+        await store.pull(name, RegistryAuth(registry_token="a\r\nHost: evil"))
+
+
+async def test_identity_token(tokens: tuple[reg.Registry, reg.Issuer], store: ImageStore) -> None:
+    name = f"{tokens[0].address}/team/app:v1"
+    with pytest.raises(errors.PermissionDenied):
+        await store.pull(name, RegistryAuth(identity_token="wrong"))
+    assert (await store.pull(name, RegistryAuth(identity_token=reg.IDENTITY))).id == IMAGE.config_digest
+
+
 async def test_credentials_are_in_no_command_line(
     closed: reg.Registry, store: ImageStore, state: Path
 ) -> None:

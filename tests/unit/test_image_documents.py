@@ -12,7 +12,7 @@ from hyperpod import errors
 from hyperpod.image import manifest as m
 from hyperpod.image.reference import parse
 from hyperpod.image.settings import ImageSettings, Limits
-from hyperpod.image.skopeo import auth_file, explain, is_loopback, location
+from hyperpod.image.skopeo import auth_file, explain, host_of, is_loopback, location
 from hyperpod.model.images import RegistryAuth
 from tests import imagekit as kit
 
@@ -162,9 +162,14 @@ def test_credentials() -> None:
 
 def test_catch_all_mirror_keeps_the_path() -> None:
     settings = ImageSettings(mirror="127.0.0.1:5000")
-    assert location(parse("busybox"), "", settings) == "docker://127.0.0.1:5000/library/busybox:latest"
-    assert location(parse("quay.io/a/b"), "sha256:1", settings) == "docker://127.0.0.1:5000/a/b@sha256:1"
-    assert location(parse("quay.io/a/b"), "", ImageSettings()) == "docker://quay.io/a/b:latest"
+    for text, source in (("busybox", "library/busybox:latest"), ("quay.io/a/b", "a/b:latest")):
+        reference = parse(text)
+        assert location(reference, "", host_of(reference, settings)) == f"docker://127.0.0.1:5000/{source}"
+    reference = parse("quay.io/a/b")
+    assert (
+        location(reference, "sha256:1", host_of(reference, ImageSettings()))
+        == "docker://quay.io/a/b@sha256:1"
+    )
 
 
 @pytest.mark.parametrize(
