@@ -53,7 +53,7 @@ class Daemon:
         (base / "config.toml").write_text(
             f'state_dir = "{self.state}"\nrun_dir = "{self.run_dir}"\nlog_level = "debug"\n{head}\n'
             f'[vm]\nkernel = "{kernel}"\nguest = "{guest}"\n'
-            f'default_memory_mib = 160\nscratch_mib = 512\n{rest}'
+            f"default_memory_mib = 160\nscratch_mib = 512\n{rest}"
         )
         self.process: subprocess.Popen[bytes] | None = None
         self._ready_seen = 0
@@ -233,7 +233,7 @@ class Cri:
         """The CRI log as (stream, F or P, text)."""
         path = Path((await self.status(container)).log_path)
         out = []
-        for line in path.read_bytes().decode(errors="replace").splitlines():
+        for line in path.read_bytes().decode(errors="replace").split("\n")[:-1]:
             _, stream, tag, text = line.split(" ", 3)
             out.append((stream, tag, text))
         return out

@@ -156,14 +156,14 @@ async def test_environment_users_and_root(cri_client: Cri, pod: str) -> None:
         pod,
         "id; pwd; echo $GREETING; printf '%s' \"$BIN\" | od -An -tx1; touch /x || echo readonly",
         working_dir="/tmp",
-        envs=[cri.KeyValue(key="GREETING", value=b"hi"), cri.KeyValue(key="BIN", value=b"\xff\xfe")],
+        envs=[cri.KeyValue(key="GREETING", value=b"hi"), cri.KeyValue(key="BIN", value="é\n".encode())],
         linux=cri.LinuxContainerConfig(security_context=context),
     )
     await cri_client.wait(container)
     text = [line for stream, _, line in await cri_client.log(container) if stream == "stdout"]
     assert text[0].startswith("uid=1234 gid=77")
     assert "88" in text[0]
-    assert text[1:] == ["/tmp", "hi", " ff fe", "readonly"]
+    assert text[1:] == ["/tmp", "hi", " c3 a9 0a", "readonly"]
 
 
 async def test_tty(cri_client: Cri, pod: str) -> None:
