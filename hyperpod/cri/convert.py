@@ -241,3 +241,8 @@ def auth(value: cri.AuthConfig | None) -> RegistryAuth | None:
 def image_name(spec: cri.ImageSpec | None) -> str:
     """The reference or id that an image RPC is about."""
     return _text("image.image", spec.image if spec is not None else "", required=True)
+
+
+def command(argv: Sequence[str]) -> tuple[str, ...]:
+    """ExecSyncRequest.cmd."""
+    return _texts("cmd", argv)

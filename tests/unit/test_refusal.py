@@ -10,7 +10,7 @@ import betterproto2
 import pytest
 
 from hyperpod.api.gen.runtime import v1 as cri
-from hyperpod.cri import refusal
+from hyperpod.cri import refusal, wellformed
 from hyperpod.errors import InvalidArgument, Unsupported
 
 
@@ -139,7 +139,20 @@ def test_an_empty_list_and_an_empty_selinux_context_are_not_set() -> None:
 def test_unknown_enum_values_are_refused_in_every_request() -> None:
     raw = bytes([0x0A, 4, 0x12, 2, 8, 9])  # filter {state {state: 9}}
     with pytest.raises(InvalidArgument, match="filter.state.state has the unknown value 9"):
-        refusal.refuse(cri.ListContainersRequest.parse(raw))
+        wellformed.check(cri.ListContainersRequest.parse(raw))
     request = cri.CreateContainerRequest.parse(bytes([0x12, 3, 0x90, 1, 99]))  # config {stop_signal: 99}
     with pytest.raises(InvalidArgument, match="config.stop_signal has the unknown value 99"):
-        refusal.refuse(request)
+        wellformed.check(request)
+
+
+@pytest.mark.parametrize(
+    ("kind", "raw", "named"),
+    [
+        (cri.StopPodSandboxRequest, bytes([0x08, 5]), "pod_sandbox_id"),
+        (cri.RunPodSandboxRequest, bytes([0x08, 5]), "config"),
+        (cri.CreateContainerRequest, bytes([0x12, 2, 0x18, 7]), "config.command"),
+    ],
+)
+def test_another_wire_type_is_refused(kind: type[betterproto2.Message], raw: bytes, named: str) -> None:
+    with pytest.raises(InvalidArgument, match=rf"{named}(\[0\])? is encoded as int"):
+        wellformed.check(kind.parse(raw))

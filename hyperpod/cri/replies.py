@@ -1,0 +1,283 @@
+"""Records to replies, and the filters of the list RPCs. No input or output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hyperpod.api.gen.runtime import v1 as cri
+from hyperpod.container import process, signals
+from hyperpod.cri.convert import stop_signal
+from hyperpod.errors import HyperpodError, InvalidArgument
+from hyperpod.model.base import now_ns
+from hyperpod.model.container import Container, ContainerConfig, ContainerRecord, ContainerState
+from hyperpod.model.images import Image
+from hyperpod.model.sandbox import Sandbox, SandboxMetadata
+from hyperpod.model.security import LinuxResources, NamespaceOptions
+
+_STATES = {
+    ContainerState.CREATED: cri.ContainerState.CONTAINER_CREATED,
+    ContainerState.RUNNING: cri.ContainerState.CONTAINER_RUNNING,
+    ContainerState.EXITED: cri.ContainerState.CONTAINER_EXITED,
+    ContainerState.UNKNOWN: cri.ContainerState.CONTAINER_UNKNOWN,
+}
+_SIGNALS = {
+    signals.number(stop_signal(signal)): signal
+    for signal in reversed(cri.Signal)  # of two names of one number, the interface's first
+    if signal != cri.Signal.RUNTIME_DEFAULT
+}
+
+
+def _matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    return all(labels.get(key) == value for key, value in selector.items())
+
+
+def _json(**values: Any) -> str:
+    return json.dumps(values, sort_keys=True)
+
+
+# -- sandboxes ---------------------------------------------------------------------------------------------
+
+
+def _pod_metadata(meta: SandboxMetadata) -> cri.PodSandboxMetadata:
+    return cri.PodSandboxMetadata(
+        name=meta.name, uid=meta.uid, namespace=meta.namespace, attempt=meta.attempt
+    )
+
+
+def _pod_state(sandbox: Sandbox) -> cri.PodSandboxState:
+    return cri.PodSandboxState.SANDBOX_READY if sandbox.ready else cri.PodSandboxState.SANDBOX_NOTREADY
+
+
+def pod(sandbox: Sandbox) -> cri.PodSandbox:
+    """An item of ListPodSandbox."""
+    config = sandbox.record.config
+    return cri.PodSandbox(
+        id=sandbox.id,
+        metadata=_pod_metadata(config.metadata),
+        state=_pod_state(sandbox),
+        created_at=sandbox.record.created_at,
+        labels=config.labels,
+        annotations=config.annotations,
+        runtime_handler=sandbox.record.runtime_handler,
+    )
+
+
+def pods(sandboxes: Iterable[Sandbox], wanted: cri.PodSandboxFilter | None) -> list[cri.PodSandbox]:
+    """All that match, the newest first."""
+    wanted = wanted or cri.PodSandboxFilter()
+    items = [
+        pod(sandbox)
+        for sandbox in sorted(sandboxes, key=lambda s: s.record.created_at, reverse=True)
+        if sandbox.id.startswith(wanted.id) and _matches(sandbox.record.config.labels, wanted.label_selector)
+    ]
+    return [item for item in items if wanted.state is None or item.state == wanted.state.state]
+
+
+def _namespaces(options: NamespaceOptions) -> cri.NamespaceOption:
+    return cri.NamespaceOption(
+        network=cri.NamespaceMode[options.network.value],
+        pid=cri.NamespaceMode[options.pid.value],
+        ipc=cri.NamespaceMode[options.ipc.value],
+        target_id=options.target_id,
+    )
+
+
+def pod_status(
+    sandbox: Sandbox, containers: Iterable[Container], *, verbose: bool
+) -> cri.PodSandboxStatusResponse:
+    """The options of the namespaces are the request's: the kubelet makes the sandbox anew otherwise.
+
+    `network` stays absent: with an empty address in it the kubelet would make the sandbox anew as well."""
+    config = sandbox.record.config
+    options = _namespaces(config.namespaces)
+    return cri.PodSandboxStatusResponse(
+        status=cri.PodSandboxStatus(
+            id=sandbox.id,
+            metadata=_pod_metadata(config.metadata),
+            state=_pod_state(sandbox),
+            created_at=sandbox.record.created_at,
+            linux=cri.LinuxPodSandboxStatus(namespaces=cri.Namespace(options=options)),
+            labels=config.labels,
+            annotations=config.annotations,
+            runtime_handler=sandbox.record.runtime_handler,
+        ),
+        info=_pod_info(sandbox) if verbose else {},
+        containers_statuses=[_status(container) for container in containers],
+        timestamp=now_ns(),
+    )
+
+
+def _pod_info(sandbox: Sandbox) -> dict[str, str]:
+    record, status = sandbox.record, sandbox.status
+    return {
+        "timings": _json(**status.timings),
+        "vm": _json(
+            domain=record.domain,
+            domain_uuid=record.domain_uuid,
+            uid=record.uid,
+            gid=record.gid,
+            vsock=record.vsock,
+            size=record.size.model_dump(),
+            kernel=record.kernel.version,
+            guest=record.guest.version,
+            facts=status.guest_facts,
+            phase=status.phase.value,
+            reason=status.reason,
+            message=status.message,
+            stopped_at=status.stopped_at,
+        ),
+    }
+
+
+# -- containers --------------------------------------------------------------------------------------------
+
+
+def _container_metadata(config: ContainerConfig) -> cri.ContainerMetadata:
+    return cri.ContainerMetadata(name=config.metadata.name, attempt=config.metadata.attempt)
+
+
+def _spec(config: ContainerConfig) -> cri.ImageSpec:
+    """The image as the user wrote it."""
+    return cri.ImageSpec(
+        image=config.image,
+        annotations=config.image_annotations,
+        user_specified_image=config.user_specified_image,
+    )
+
+
+def containers(items: Iterable[Container], wanted: cri.ContainerFilter | None) -> list[cri.Container]:
+    """All that match, the newest first."""
+    wanted = wanted or cri.ContainerFilter()
+    found = [
+        _container(item)
+        for item in sorted(items, key=lambda c: c.record.created_at, reverse=True)
+        if item.id.startswith(wanted.id)
+        and item.record.sandbox_id.startswith(wanted.pod_sandbox_id)
+        and _matches(item.record.config.labels, wanted.label_selector)
+    ]
+    return [item for item in found if wanted.state is None or item.state == wanted.state.state]
+
+
+def _container(container: Container) -> cri.Container:
+    record = container.record
+    return cri.Container(
+        id=record.id,
+        pod_sandbox_id=record.sandbox_id,
+        metadata=_container_metadata(record.config),
+        image=_spec(record.config),
+        image_ref=record.image_ref,
+        image_id=record.image_id,
+        state=_STATES[container.status.state],
+        created_at=record.created_at,
+        labels=record.config.labels,
+        annotations=record.config.annotations,
+    )
+
+
+def _resources(value: LinuxResources) -> cri.LinuxContainerResources:
+    return cri.LinuxContainerResources(
+        cpu_period=value.cpu_period,
+        cpu_quota=value.cpu_quota,
+        cpu_shares=value.cpu_shares,
+        memory_limit_in_bytes=value.memory_limit,
+        memory_swap_limit_in_bytes=value.memory_swap_limit,
+        oom_score_adj=value.oom_score_adj,
+        cpuset_cpus=value.cpuset_cpus,
+        cpuset_mems=value.cpuset_mems,
+        unified=value.unified,
+    )
+
+
+def _user(record: ContainerRecord) -> cri.ContainerUser | None:
+    try:
+        uid, gid = process.user(record.config, record.image_config)
+    except HyperpodError:  # a name that only the guest could look up
+        return None
+    groups = list(record.config.supplemental_groups)
+    return cri.ContainerUser(linux=cri.LinuxContainerUser(uid=uid, gid=gid, supplemental_groups=groups))
+
+
+def _stop_signal(name: str) -> cri.Signal:
+    try:
+        return _SIGNALS.get(signals.number(name), cri.Signal.RUNTIME_DEFAULT)
+    except InvalidArgument:
+        return cri.Signal.RUNTIME_DEFAULT
+
+
+def _status(container: Container) -> cri.ContainerStatus:
+    record, status = container.record, container.status
+    return cri.ContainerStatus(
+        id=record.id,
+        metadata=_container_metadata(record.config),
+        state=_STATES[status.state],
+        created_at=record.created_at,
+        started_at=status.started_at,
+        finished_at=status.finished_at,
+        exit_code=status.exit_code,
+        image=_spec(record.config),
+        image_ref=record.image_ref,
+        image_id=record.image_id,
+        reason=status.reason,
+        message=status.message,
+        labels=record.config.labels,
+        annotations=record.config.annotations,
+        log_path=record.log_path,
+        resources=cri.ContainerResources(linux=_resources(record.config.resources)),
+        user=_user(record),
+        stop_signal=_stop_signal(record.stop_signal),
+    )
+
+
+def container_status(container: Container, *, verbose: bool) -> cri.ContainerStatusResponse:
+    """`info.container`: what CRI has no field for."""
+    record, status = container.record, container.status
+    info = _json(
+        sandbox_id=record.sandbox_id,
+        pid=status.pid,
+        pid_namespace="the guest's",
+        layers=record.layers,
+        image_config=record.image_config.model_dump(),
+    )
+    return cri.ContainerStatusResponse(status=_status(container), info={"container": info} if verbose else {})
+
+
+# -- images ------------------------------------------------------------------------------------------------
+
+
+def image(item: Image) -> cri.Image:
+    """`uid` or `username` of the image's USER; both absent means root to the kubelet."""
+    user = item.config.user.partition(":")[0]
+    return cri.Image(
+        id=item.id,
+        repo_tags=list(item.repo_tags),
+        repo_digests=list(item.repo_digests),
+        size=item.size,
+        uid=cri.Int64Value(value=int(user)) if user.isdecimal() else None,
+        username="" if user.isdecimal() else user,
+        spec=cri.ImageSpec(image=item.id),
+        pinned=item.pinned,
+    )
+
+
+def image_info(item: Image) -> dict[str, str]:
+    """`info.config`: the image's configuration; `info.layers`: what its layers became, lowest first."""
+    return {
+        "config": item.config.model_dump_json(),
+        "layers": json.dumps([layer.model_dump() for layer in item.layers]),
+    }
+
+
+def filesystem(mountpoint: str, used_bytes: int, inodes: int) -> cri.FilesystemUsage:
+    return cri.FilesystemUsage(
+        timestamp=now_ns(),
+        fs_id=cri.FilesystemIdentifier(mountpoint=mountpoint),
+        used_bytes=cri.UInt64Value(value=used_bytes),
+        inodes_used=cri.UInt64Value(value=inodes),
+    )
+
+
+def pages(items: Sequence[Any], size: int = 256) -> list[list[Any]]:
+    """For the streaming lists: messages of a bounded number of items."""
+    return [list(items[at : at + size]) for at in range(0, len(items), size)]

@@ -1,0 +1,158 @@
+"""runtime.v1.RuntimeService over the managers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from hyperpod import __version__
+from hyperpod.api.gen.runtime import v1 as cri
+from hyperpod.config import Config
+from hyperpod.cri import convert, replies
+from hyperpod.cri.guard import guarded
+from hyperpod.cri.ports import Ports
+from hyperpod.hypervisor.base import Hypervisor
+from hyperpod.sandbox.manager import HANDLERS
+
+KUBELET_API = "0.1.0"
+"""What VersionResponse.version has been since the first CRI."""
+
+
+@guarded
+class RuntimeService(cri.RuntimeServiceBase):
+    """Raises hyperpod errors only; the server's interceptor maps them."""
+
+    def __init__(self, ports: Ports, config: Config, hypervisor: Hypervisor) -> None:
+        self._ports, self._config, self._hypervisor = ports, config, hypervisor
+
+    # -- about us -----------------------------------------------------------------------------------------
+
+    async def version(self, message: cri.VersionRequest) -> cri.VersionResponse:
+        return cri.VersionResponse(
+            version=KUBELET_API,
+            runtime_name="hyperpod",
+            runtime_version=__version__,
+            runtime_api_version="v1",
+        )
+
+    async def status(self, message: cri.StatusRequest) -> cri.StatusResponse:
+        conditions = [
+            cri.RuntimeCondition(type="RuntimeReady", status=True),
+            cri.RuntimeCondition(
+                type="NetworkReady",
+                status=True,
+                reason="LoopbackOnly",
+                message="pods have a loopback interface and no other network yet",
+            ),
+        ]
+        return cri.StatusResponse(
+            status=cri.RuntimeStatus(conditions=conditions),
+            info={"hypervisor": self._facts()} if message.verbose else {},
+            runtime_handlers=[
+                cri.RuntimeHandler(name=name, features=cri.RuntimeHandlerFeatures()) for name in HANDLERS
+            ],
+            features=cri.RuntimeFeatures(),
+        )
+
+    def _facts(self) -> str:
+        facts = self._hypervisor.facts()
+        return json.dumps(
+            {
+                "accelerator": facts.accelerator,
+                "accelerator_reason": facts.accelerator_reason,
+                "vhost_vsock": facts.vhost_vsock,
+                "libvirt": facts.libvirt_version,
+                "qemu": facts.hypervisor_version,
+                "state_dir": str(self._config.state_dir),
+            }
+        )
+
+    async def runtime_config(self, message: cri.RuntimeConfigRequest) -> cri.RuntimeConfigResponse:
+        driver = self._config.cgroup_driver
+        if driver == "auto":  # sd_booted(3)
+            driver = "systemd" if Path("/run/systemd/system").is_dir() else "cgroupfs"
+        value = cri.CgroupDriver.SYSTEMD if driver == "systemd" else cri.CgroupDriver.CGROUPFS
+        return cri.RuntimeConfigResponse(linux=cri.LinuxRuntimeConfiguration(cgroup_driver=value))
+
+    async def update_runtime_config(
+        self, message: cri.UpdateRuntimeConfigRequest
+    ) -> cri.UpdateRuntimeConfigResponse:
+        """The pod CIDR: of no use to pods with loopback only, and the kubelet wants OK."""
+        return cri.UpdateRuntimeConfigResponse()
+
+    # -- sandboxes ----------------------------------------------------------------------------------------
+
+    async def run_pod_sandbox(self, message: cri.RunPodSandboxRequest) -> cri.RunPodSandboxResponse:
+        config = convert.sandbox_config(message.config)
+        ident = await self._ports.sandboxes.run(config, message.runtime_handler)
+        return cri.RunPodSandboxResponse(pod_sandbox_id=ident)
+
+    async def stop_pod_sandbox(self, message: cri.StopPodSandboxRequest) -> cri.StopPodSandboxResponse:
+        await self._ports.sandboxes.stop(message.pod_sandbox_id)
+        return cri.StopPodSandboxResponse()
+
+    async def remove_pod_sandbox(self, message: cri.RemovePodSandboxRequest) -> cri.RemovePodSandboxResponse:
+        await self._ports.sandboxes.remove(message.pod_sandbox_id)
+        return cri.RemovePodSandboxResponse()
+
+    async def pod_sandbox_status(self, message: cri.PodSandboxStatusRequest) -> cri.PodSandboxStatusResponse:
+        sandbox = self._ports.sandboxes.get(message.pod_sandbox_id)
+        containers = [container.view() for container in self._ports.containers.of(sandbox.id)]
+        return replies.pod_status(sandbox, containers, verbose=message.verbose)
+
+    async def list_pod_sandbox(self, message: cri.ListPodSandboxRequest) -> cri.ListPodSandboxResponse:
+        return cri.ListPodSandboxResponse(items=replies.pods(self._ports.sandboxes.all(), message.filter))
+
+    async def stream_pod_sandboxes(
+        self, message: cri.StreamPodSandboxesRequest
+    ) -> AsyncIterator[cri.StreamPodSandboxesResponse]:
+        for page in replies.pages(replies.pods(self._ports.sandboxes.all(), message.filter)):
+            yield cri.StreamPodSandboxesResponse(pod_sandboxes=page)
+
+    # -- containers ---------------------------------------------------------------------------------------
+
+    async def create_container(self, message: cri.CreateContainerRequest) -> cri.CreateContainerResponse:
+        config = convert.container_config(message.config)
+        return cri.CreateContainerResponse(
+            container_id=await self._ports.containers.create(message.pod_sandbox_id, config)
+        )
+
+    async def start_container(self, message: cri.StartContainerRequest) -> cri.StartContainerResponse:
+        await self._ports.containers.start(message.container_id)
+        return cri.StartContainerResponse()
+
+    async def stop_container(self, message: cri.StopContainerRequest) -> cri.StopContainerResponse:
+        await self._ports.containers.stop(message.container_id, convert.seconds("timeout", message.timeout))
+        return cri.StopContainerResponse()
+
+    async def remove_container(self, message: cri.RemoveContainerRequest) -> cri.RemoveContainerResponse:
+        await self._ports.containers.remove(message.container_id)
+        return cri.RemoveContainerResponse()
+
+    async def container_status(self, message: cri.ContainerStatusRequest) -> cri.ContainerStatusResponse:
+        container = self._ports.containers.get(message.container_id)
+        return replies.container_status(container, verbose=message.verbose)
+
+    async def list_containers(self, message: cri.ListContainersRequest) -> cri.ListContainersResponse:
+        found = replies.containers(self._ports.containers.all(), message.filter)
+        return cri.ListContainersResponse(containers=found)
+
+    async def stream_containers(
+        self, message: cri.StreamContainersRequest
+    ) -> AsyncIterator[cri.StreamContainersResponse]:
+        for page in replies.pages(replies.containers(self._ports.containers.all(), message.filter)):
+            yield cri.StreamContainersResponse(containers=page)
+
+    async def exec_sync(self, message: cri.ExecSyncRequest) -> cri.ExecSyncResponse:
+        timeout = convert.seconds("timeout", message.timeout)
+        result = await self._ports.execs.exec_sync(
+            message.container_id, convert.command(message.cmd), timeout
+        )
+        return cri.ExecSyncResponse(stdout=result.stdout, stderr=result.stderr, exit_code=result.exit_code)
+
+    async def reopen_container_log(
+        self, message: cri.ReopenContainerLogRequest
+    ) -> cri.ReopenContainerLogResponse:
+        await self._ports.containers.reopen_log(message.container_id)
+        return cri.ReopenContainerLogResponse()
