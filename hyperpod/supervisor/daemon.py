@@ -44,6 +44,7 @@ class DaemonChild:
             finally:
                 os._exit(127)
         self.pid, self._started = pid, time.monotonic()
+        os.environ.pop("HYPERPOD_FAILPOINT", None)  # meant for the first daemon, not for its successors
 
     def stop(self) -> None:
         """Ask it to end; the loop stops once it has."""
