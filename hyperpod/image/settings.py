@@ -26,7 +26,7 @@ class Limits:
     """Uncompressed over compressed, once a layer is past `ratio_floor`: a bomb stops early."""
     ratio_floor: int = 512 * MIB
     max_entries: int = 600_000
-    """Entries of one layer; each takes about 600 bytes of the converter's memory."""
+    """Entries of one layer; each takes about 1.5 KB of the converter's memory."""
     max_metadata: int = 256 * MIB
     """Names, link targets and extended attributes of one layer together."""
     max_archive_members: int = 10_000

@@ -134,6 +134,8 @@ def test_entries_below_symlinks_land_inside_the_root() -> None:
     assert listing(raw) == {"etc": "dir 755 0:0", "up": "symlink ../../../../etc", "etc/a": "file 644 0:0 1"}
     raw = tar(folder("d"), symlink("d/s", "/t"), Item("d/s/a", b"1"))
     assert listing(raw)["t/a"] == "file 644 0:0 1"
+    raw = tar(folder("d"), symlink("d/s", "../t"), Item("d/s/a", b"1"))
+    assert listing(raw)["t/a"] == "file 644 0:0 1"
 
 
 def test_entries_below_files_and_symlink_circles() -> None:
