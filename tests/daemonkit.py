@@ -60,6 +60,7 @@ class Daemon:
 
     def start(self, **env: str) -> None:
         """Start the supervisor, which starts the daemon; returns when the socket listens."""
+        self._ready_seen = self.text().count("ready on unix://")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "hyperpod", "serve", "--config", str(self.base / "config.toml")],
