@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -179,6 +181,61 @@ async def test_silent_registry_is_given_up(state: Path) -> None:
         async with opened(state, stall_timeout=1.0) as store:
             with pytest.raises(errors.DeadlineExceeded, match="resolving: no progress for 1 s"):
                 await store.pull(f"127.0.0.1:{silent.getsockname()[1]}/library/app")
+
+
+@contextlib.asynccontextmanager
+async def stuck_after(registry: reg.Registry, budget: int) -> AsyncIterator[str]:
+    """Address of a relay to the registry that stops after so many bytes in all, connections left open."""
+    host, _, port = registry.address.partition(":")
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def relay(source: asyncio.StreamReader, sink: asyncio.StreamWriter, counted: bool) -> None:
+        nonlocal budget
+        while piece := await source.read(4096):
+            budget -= len(piece) if counted else 0
+            if budget < 0:
+                await asyncio.Event().wait()
+            sink.write(piece)
+            await sink.drain()
+        sink.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        up_reader, up_writer = await asyncio.open_connection(host, int(port))
+        pair = [asyncio.ensure_future(relay(reader, up_writer, False))]
+        pair.append(asyncio.ensure_future(relay(up_reader, writer, True)))
+        tasks.update(pair)
+        try:
+            await asyncio.wait(pair, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            up_writer.close()
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.wait_closed()
+
+
+async def test_stalled_copy_is_given_up_and_told(
+    registry: reg.Registry, state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with (
+        stuck_after(registry, 200_000) as address,
+        opened(state, stall_timeout=2.0, progress_interval=0.5, mirror=address) as store,
+    ):
+        with pytest.raises(
+            errors.DeadlineExceeded, match=r"library/app:latest: copying: no progress for 2 s"
+        ):
+            await store.pull("app")
+    told = [int(m[1]) for r in caplog.records if (m := re.search(r"copying: (\d+) of 300", r.message))]
+    assert told and max(told) > 100_000
+    assert layer_files(state) == []
 
 
 async def test_credentials(closed: reg.Registry, store: ImageStore, caplog: pytest.LogCaptureFixture) -> None:
