@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from hyperpod.api.gen.hyperpod.admin.v1 import AdminBase, LoadedImage, LoadRequest, LoadResponse
+from hyperpod.cri.guard import guarded
 from hyperpod.cri.ports import Ports
 from hyperpod.errors import InvalidArgument
 
 
+@guarded
 class AdminService(AdminBase):
     """Served on the CRI socket, whose peers are root anyway."""
 
@@ -17,7 +19,7 @@ class AdminService(AdminBase):
 
     async def load(self, message: LoadRequest) -> LoadResponse:
         path = Path(message.path)
-        if not path.is_absolute():
-            raise InvalidArgument(f"path {message.path[:200]!r} is not absolute")
+        if not path.is_absolute() or "\0" in message.path:
+            raise InvalidArgument(f"path {message.path[:200]!r} is not an absolute path")
         images = await self._ports.images.load(path)
         return LoadResponse(images=[LoadedImage(id=image.id, tags=list(image.repo_tags)) for image in images])

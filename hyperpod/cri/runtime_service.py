@@ -123,7 +123,8 @@ class RuntimeService(cri.RuntimeServiceBase):
         return cri.StartContainerResponse()
 
     async def stop_container(self, message: cri.StopContainerRequest) -> cri.StopContainerResponse:
-        await self._ports.containers.stop(message.container_id, convert.seconds("timeout", message.timeout))
+        timeout = convert.seconds("timeout", message.timeout)
+        await self._ports.containers.stop(message.container_id, timeout)
         return cri.StopContainerResponse()
 
     async def remove_container(self, message: cri.RemoveContainerRequest) -> cri.RemoveContainerResponse:
