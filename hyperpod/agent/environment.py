@@ -87,7 +87,7 @@ class HostPlace(Place):
         await cgroups.kill(layout.cgroup)
         for name in cgroups.children(layout.cgroup):
             cgroups.remove(f"{layout.cgroup}/{name}")
-        for path in (layout.crun_root, f"{layout.root}/b", layout.scratch):
+        for path in (layout.crun_root, f"{layout.root}/b", layout.layers, layout.scratch):
             if os.path.exists(path):
                 rootfs.remove_tree(path)
         layout.make()

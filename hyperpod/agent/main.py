@@ -69,6 +69,8 @@ async def serve(directory: str | None) -> Place:
     if directory is not None:
         cgroups.remove(layout.cgroup)
     reaper.close()
+    # A second SIGTERM must not turn a clean end into a death by signal when the loop drops its handler.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     return place
 
 

@@ -39,7 +39,7 @@ class Reaper:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._watched: dict[int, asyncio.Future[int]] = {}
-        self._windows: list[dict[int, int]] = []
+        self._windows: dict[object, dict[int, int]] = {}
         self._loop.add_signal_handler(signal.SIGCHLD, self._reap)
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class Reaper:
                 if not future.done():
                     future.set_result(exit_code(status))
                 continue
-            for window in self._windows:
+            for window in self._windows.values():
                 window[pid] = exit_code(status)
 
     @contextlib.contextmanager
@@ -68,12 +68,12 @@ class Reaper:
         A grandchild whose pid is learnt late (from crun's pid file) may have ended by then; outside of such
         a window an orphan's exit is forgotten at once, so that a reused pid never gets an old code.
         """
-        window: dict[int, int] = {}
-        self._windows.append(window)
+        key, window = object(), dict[int, int]()
+        self._windows[key] = window
         try:
             yield window
         finally:
-            self._windows.remove(window)
+            del self._windows[key]
 
     def watch(self, pid: int, window: dict[int, int] | None = None) -> asyncio.Future[int]:
         """A future of the exit code of our (possibly adopted) child `pid`."""

@@ -1,0 +1,121 @@
+"""Pure parts of the agent and of its client."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hyperpod.agent.containers import check_id, parse_object
+from hyperpod.agent.crun import failure
+from hyperpod.agent.events import KEPT, EventLog, Status
+from hyperpod.agent.layers import serial_in
+from hyperpod.agent.reaper import exit_code
+from hyperpod.agent.rootfs import remove_tree
+from hyperpod.agentclient.channel import MAX_FIELDS, BoundedCodec, count_fields
+from hyperpod.api.gen.hyperpod.agent import v1
+from hyperpod.errors import FailedPrecondition, InvalidArgument, NotFound, ProtocolError, Unavailable
+
+
+@pytest.mark.parametrize(
+    ("page", "serial"),
+    [
+        (b"\x00\x80\x00\x08scratch ", "scratch"),
+        (b"\x00\x80\x00\x03abcdef", "abc"),
+        (b"\x00\x83\x00\x03abc", ""),
+        (b"\x00\x80", ""),
+        (b"", ""),
+        (b"\x00\x80\x00\x02\xff\xfe", "��"),
+    ],
+)
+def test_serials(page: bytes, serial: str) -> None:
+    assert serial_in(page) == serial
+
+
+def test_exit_codes() -> None:
+    assert exit_code(7 << 8) == 7
+    assert exit_code(9) == 137
+    assert exit_code(64) == 192
+
+
+def test_crun_failures_tell_the_reason() -> None:
+    missing = b'{"msg":"executable file `x` not found in $PATH: No such file or directory","level":"error"}\n'
+    assert isinstance(failure("run", 1, missing), NotFound)
+    other = failure(
+        "run", 1, b'{"msg":"mount: Permission denied","level":"error"}\nnot json\xff\x1b[0m\n[]\n'
+    )
+    assert isinstance(other, FailedPrecondition)
+    assert str(other) == "mount: Permission denied; not json\\xef\\xbf\\xbd\\x1b[0m; []"
+    assert isinstance(failure("run", 139, b""), Unavailable)
+
+
+@pytest.mark.parametrize("value", ["", "a" * 31, "A" * 32, "../" + "a" * 29, "a" * 31 + "\n", "g" * 32])
+def test_ids_that_could_be_paths_are_refused(value: str) -> None:
+    with pytest.raises(InvalidArgument):
+        check_id("exec", value, 32)
+
+
+@pytest.mark.parametrize("data", [b"", b"1", b"[]", b'"x"', b"{", b"\xff\xfe\xfa", b'{"a":' * 5000])
+def test_only_objects_are_parsed(data: bytes) -> None:
+    with pytest.raises(InvalidArgument):
+        parse_object("it", data)
+
+
+async def test_events_are_numbered_and_bounded() -> None:
+    log = EventLog()
+    for number in range(KEPT + 10):
+        log.publish(Status(str(number)))
+    assert log.last == KEPT + 10
+    with pytest.raises(FailedPrecondition, match="not kept"):
+        await anext(log.follow(3))
+    follower = log.follow(KEPT + 8)
+    assert [(await anext(follower))[0] for _ in range(2)] == [KEPT + 9, KEPT + 10]
+
+
+def test_a_tree_deeper_than_any_path_is_removed(tmp_path: Path) -> None:
+    root = tmp_path / "tree"
+    root.mkdir()
+    (root / "link").symlink_to("/etc")
+    with contextlib.chdir(root):
+        for _ in range(3000):
+            Path("d").mkdir()
+            os.chdir("d")
+    remove_tree(str(root))
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.lists(st.binary(max_size=20), max_size=50))
+def test_fields_of_real_messages_are_counted(serials: list[bytes]) -> None:
+    message = v1.ForgetLayersRequest(serials=[s.hex() + "x" for s in serials])
+    assert count_fields(bytes(message), MAX_FIELDS) == len(serials)
+
+
+def test_every_kind_of_field_is_counted() -> None:
+    data = b"\x08\x01" + b"\x11" + bytes(8) + b"\x1a\x02ab" + b"\x25" + bytes(4)
+    assert count_fields(data, 4) == 4
+    with pytest.raises(ProtocolError, match="more than 3"):
+        count_fields(data, 3)
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x08", b"\x0a\x05ab", b"\x0b", b"\xff" * 12, b"\x25\x00", b"\x08" + b"\x80" * 11]
+)
+def test_malformed_messages_are_refused(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        count_fields(data, 100)
+
+
+@given(st.binary(max_size=300))
+def test_the_codec_raises_nothing_else(data: bytes) -> None:
+    for kind in (v1.ListContainersResponse, v1.HelloResponse, v1.Event):
+        with contextlib.suppress(ProtocolError):
+            assert isinstance(BoundedCodec().decode(data, kind), kind)
+
+
+def test_a_flood_of_empty_items_is_refused_before_it_is_decoded() -> None:
+    with pytest.raises(ProtocolError, match="more than"):
+        BoundedCodec().decode(b"\x0a\x00" * 32768, v1.ListContainersResponse)
