@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -274,7 +273,7 @@ class Container:
         """Undo `prepare`."""
         layout = self.tools.layout
         rootfs.unmount_overlay(layout, self.id)
-        shutil.rmtree(layout.bundle(self.id), ignore_errors=True)
+        rootfs.remove_tree(layout.bundle(self.id))
         await rootfs.discard(layout, layout.writable(self.id))
         self.tools.layers.release(self._serials)
         self._serials = []

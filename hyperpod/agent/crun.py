@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 
 from hyperpod.agent.layout import Layout
 from hyperpod.agent.reaper import Reaper
+from hyperpod.agent.rootfs import remove_tree
 from hyperpod.errors import FailedPrecondition, HyperpodError, NotFound, Unavailable
 from hyperpod.logs import printable
 
@@ -67,7 +67,7 @@ class Crun:
         `crun delete` would do no more for us (the cgroup is ours to remove, there are no hooks), and is one
         more program to start in a guest that may be starved.
         """
-        shutil.rmtree(f"{self._layout.crun_root}/{container}", ignore_errors=True)
+        remove_tree(f"{self._layout.crun_root}/{container}")
 
     async def _call(self, argv: list[str], child: list[int]) -> None:
         self._calls += 1
