@@ -77,6 +77,10 @@ class StdioPeer:
         self._server.close()
         self.cut()
 
+    @property
+    def connected(self) -> int:
+        return len(self._writers)
+
     def cut(self) -> None:
         """Break every connection."""
         for writer in self._writers:

@@ -1,0 +1,324 @@
+"""The supervisor: pods outlive everything, a killed shim's successor goes on where it was, nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hyperpod.errors import HyperpodError, PermissionDenied, Unavailable
+from hyperpod.shim import packets
+from hyperpod.shim.caller import ControlCaller
+from hyperpod.supervisor.store import MAX_STATE
+from tests.shimkit import IDLE, ROOT, WAIT, cmdline, eventually, pod, processes, supervisor, until
+from tests.stdiopeer import of_bytes
+
+UID = 1_500_123
+
+
+def features(qemu: socket.socket) -> int:
+    """Ask the vhost-user device for its features, as QEMU does."""
+    qemu.sendall(struct.pack("<III", 1, 1, 0))  # GET_FEATURES, version 1
+    request, _, size = struct.unpack("<III", qemu.recv(12, socket.MSG_WAITALL))
+    assert (request, size) == (1, 8)
+    return int(struct.unpack("<Q", qemu.recv(8, socket.MSG_WAITALL))[0])
+
+
+def status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+async def test_a_shim_is_the_sandbox_users_and_shares_nothing_of_the_supervisors(tmp_path: Path) -> None:
+    with supervisor() as parent:
+        async with pod(parent, uid=UID) as one:
+            found = await one.spawn(device=True)
+            state = status(found.pid)
+            assert state["Uid"].split() == [str(UID)] * 4
+            assert state["Gid"].split() == [str(UID)] * 4
+            assert state["Groups"] == ""
+            assert state["NoNewPrivs"] == "1"
+            assert int(state["CapEff"], 16) == 0
+            assert state["PPid"] == str(parent.pid)
+            targets = [link.readlink().name for link in Path(f"/proc/{found.pid}/fd").iterdir()]
+            assert "supervisor.lock" not in targets
+            assert os.getsid(found.pid) == found.pid
+            for name in ("vhost.sock", "vsock.sock", "console.sock", "control.sock"):
+                assert (one.directory / name).stat().st_uid == UID
+            [listed] = await one.client.list()
+            assert listed == found
+
+
+async def test_a_shim_joins_its_cgroups() -> None:
+    controllers = Path("/proc/self/cgroup").read_text().splitlines()
+    assert controllers
+    with supervisor() as parent:
+        async with pod(parent) as one:
+            with pytest.raises(Unavailable, match="exit code"):
+                await one.client.spawn_shim(
+                    sandbox_id=one.id, directory=str(one.directory), uid=0, gid=0, device=False,
+                    cgroup=[str(parent.run_dir / "no-such-cgroup")],
+                )  # fmt: skip
+            folder = parent.run_dir / "like-a-cgroup"
+            folder.mkdir()
+            (folder / "cgroup.procs").touch()
+            await one.client.spawn_shim(
+                sandbox_id=one.id, directory=str(one.directory), uid=0, gid=0, device=False,
+                cgroup=[str(folder)],
+            )  # fmt: skip
+            assert (folder / "cgroup.procs").read_text() == "0"  # "myself", cgroups(7)
+
+
+async def test_qemu_does_not_notice_a_killed_shim() -> None:
+    """The vhost-user connection, held by the supervisor, is served on by the successor."""
+    with supervisor() as parent:
+        async with pod(parent, uid=UID) as one:
+            await one.spawn(device=True)
+            with socket.socket(socket.AF_UNIX) as qemu:
+                qemu.connect(str(one.directory / "vhost.sock"))
+                qemu.settimeout(WAIT)
+                offered = await asyncio.to_thread(features, qemu)
+                for _ in range(3):
+                    await one.kill()
+                    await one.spawn(device=True, resume=True)
+                    assert one.shim is not None
+                    assert (await one.shim.hello()).device == "resumed"
+                    assert await asyncio.to_thread(features, qemu) == offered
+                await one.client.drop(one.id)
+                assert await asyncio.to_thread(qemu.recv, 1) == b"", "a dropped sandbox lets QEMU go"
+
+
+async def test_without_resume_nothing_is_inherited() -> None:
+    with supervisor() as parent:
+        async with pod(parent) as one:
+            await one.spawn(device=True)
+            with socket.socket(socket.AF_UNIX) as qemu:
+                qemu.connect(str(one.directory / "vhost.sock"))
+                qemu.settimeout(WAIT)
+                await asyncio.to_thread(features, qemu)
+                await one.kill()
+                await one.spawn(device=True)
+                assert one.shim is not None
+                assert (await one.shim.hello()).device == "fresh"
+                assert await asyncio.to_thread(qemu.recv, 1) == b""
+
+
+async def test_shims_outlive_the_supervisor_and_the_next_one_takes_them_over() -> None:
+    with supervisor() as parent:
+        async with pod(parent, uid=UID) as one:
+            container = secrets.token_hex(32)
+            stream = one.peer.add(container, "stdout", of_bytes(b"before\nafter\n"))
+            one.peer.add(container, "stderr", of_bytes(b""))
+            stream.paused.clear()
+            stream.sender.feed(stream.source(7))
+            first = await one.spawn(device=True)
+            await one.log_start(container)
+            with socket.socket(socket.AF_UNIX) as qemu:
+                qemu.connect(str(one.directory / "vhost.sock"))
+                qemu.settimeout(WAIT)
+                await asyncio.to_thread(features, qemu)
+                parent.kill()
+                await asyncio.to_thread(features, qemu)
+                parent.start(IDLE)
+                async with parent.client() as client:
+                    async with asyncio.timeout(WAIT):
+                        while await client.list() != [first]:
+                            await asyncio.sleep(0.01)
+                    # What the shim stored with the old supervisor, the new one has as well.
+                    one.client = client
+                    await eventually(lambda: len(os.listdir(f"/proc/{parent.pid}/fd")) > 10)
+                    await asyncio.sleep(0.2)
+                    await one.kill()
+                    second = await one.spawn(device=True, resume=True)
+                    assert second.pid != first.pid
+                    await asyncio.to_thread(features, qemu)
+                    stream.paused.set()
+                    await one.log_start(container)
+                    assert one.shim is not None
+                    assert (await one.shim.log_finish(container, WAIT)).complete
+                    await client.drop(one.id)
+                    assert await client.list() == []
+            until(lambda: not Path(f"/proc/{second.pid}").exists())
+
+
+async def test_a_living_shim_is_replaced_not_doubled() -> None:
+    with supervisor() as parent:
+        async with pod(parent) as one:
+            first = await one.spawn()
+            os.kill(first.pid, signal.SIGSTOP)
+            second = await one.spawn(resume=True)
+            assert not Path(f"/proc/{first.pid}").exists()
+            assert await one.client.list() == [second]
+            await one.client.drop(one.id)
+            await one.client.drop(one.id)
+            assert await one.client.list_ids() == set()
+
+
+async def test_a_shim_that_cannot_start_is_reported() -> None:
+    with supervisor() as parent:
+        async with parent.client() as client:
+            with pytest.raises(Unavailable, match="ended at its start"):
+                await client.spawn_shim(
+                    sandbox_id=secrets.token_hex(32), directory="/nonexistent/x", uid=0, gid=0, device=False
+                )
+            assert "cannot serve" in parent.text()
+
+
+async def test_the_list_is_whole_however_long() -> None:
+    with supervisor() as parent:
+        caller = ControlCaller(str(parent.run_dir / "supervisor.sock"), "supervisor")
+        await caller.connect(WAIT)
+        names = {secrets.token_hex(32) for _ in range(600)}
+        for name in names:
+            await caller.call("register", {"sandbox_id": name}, timeout=WAIT)
+        async with parent.client() as client:
+            assert await client.list_ids() == names
+        await caller.close()
+
+
+async def test_what_may_be_stored_is_bounded() -> None:
+    with supervisor() as parent:
+        caller = ControlCaller(str(parent.run_dir / "supervisor.sock"), "supervisor")
+        await caller.connect(WAIT)
+        own = {"sandbox_id": "ab" * 32, "name": "x"}
+        fds = len(os.listdir(f"/proc/{parent.pid}/fd"))
+        with pytest.raises(HyperpodError):
+            await caller.call("store", own | {"state": "x" * (MAX_STATE + 1)}, timeout=WAIT)
+        with open("/dev/null", "rb") as null:
+            refused = 0
+            for number in range(60):
+                try:
+                    await caller.call(
+                        "store",
+                        own | {"name": str(number), "state": "{}"},
+                        [null.fileno()] * packets.MAX_FDS,
+                        timeout=WAIT,
+                    )
+                except HyperpodError:
+                    refused += 1
+            assert 0 < refused < 60
+            for number in range(60):
+                await caller.call("forget", own | {"name": str(number)}, timeout=WAIT)
+        # The connection, and a pidfd: the test itself is taken for the sandbox's shim.
+        assert len(os.listdir(f"/proc/{parent.pid}/fd")) <= fds + 2
+        await caller.close()
+
+
+def test_other_users_command_nothing() -> None:
+    """Each request is made by a process of another uid."""
+    with supervisor() as parent:
+        victim = secrets.token_hex(32)
+        folder = parent.run_dir / "s" / victim[:12]
+        folder.mkdir(mode=0o700)
+        os.chown(folder, UID, UID)
+        code = (
+            "import json, os, socket, sys\n"
+            "os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))\n"
+            "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); s.connect(sys.argv[1])\n"
+            "s.send(sys.argv[3].encode()); print(s.recv(65536).decode())"
+        )
+
+        def ask(uid: int, request: str) -> str:
+            socket_path = str(parent.run_dir / "supervisor.sock")
+            argv = [sys.executable, "-c", code, socket_path, str(uid), request]
+            return subprocess.run(argv, capture_output=True, text=True, check=True, cwd="/").stdout
+
+        ours = f'"sandbox_id":"{victim}"'
+        for request in (
+            f'{{"id":1,"op":"drop",{ours}}}',
+            '{"id":1,"op":"list","after":""}',
+            f'{{"id":1,"op":"spawn_shim",{ours},"directory":"/","uid":0,"gid":0,"cid":3,"device":false,'
+            f'"cgroup":[],"resume":false}}',
+            f'{{"id":1,"op":"store",{ours},"name":"x","state":"{{}}"}}',
+        ):
+            assert "permission_denied" in ask(UID + 1, request), request
+        assert '"ok":true' in ask(UID, f'{{"id":1,"op":"store",{ours},"name":"x","state":"{{}}"}}')
+        assert "permission_denied" in ask(UID, f'{{"id":1,"op":"drop",{ours}}}')
+
+
+# -- the daemon as a child ----------------------------------------------------------------------------------
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_killed_daemon_is_started_again_and_ends_with_the_supervisor() -> None:
+    with supervisor() as parent:
+        until(lambda: children(parent.pid))
+        [first] = children(parent.pid)
+        os.kill(first, signal.SIGKILL)
+        until(lambda: [c for c in children(parent.pid) if c != first])
+        [second] = children(parent.pid)
+        assert parent.stop() == 0
+        assert not Path(f"/proc/{second}").exists()
+        assert not (parent.run_dir / "supervisor.sock").exists()
+
+
+def test_the_daemon_does_not_outlive_a_killed_supervisor() -> None:
+    with supervisor() as parent:
+        until(lambda: children(parent.pid))
+        [daemon] = children(parent.pid)
+        until(lambda: b"pause" in cmdline(daemon))
+        parent.kill()
+        until(lambda: b"pause" not in cmdline(daemon))
+
+
+def test_a_daemon_that_ends_well_ends_the_supervisor() -> None:
+    with supervisor([sys.executable, "-c", "print('did it')"]) as parent:
+        assert parent.process is not None
+        assert parent.process.wait(WAIT) == 0
+        assert "did it" in parent.text()
+
+
+def test_a_daemon_that_fails_is_started_again_with_pauses() -> None:
+    with supervisor([sys.executable, "-c", "import sys; sys.exit(3)"]) as parent:
+        until(lambda: "exit code 3; starting it again in 0.4 s" in parent.text())
+        assert parent.stop() == 0
+
+
+ORPHAN = "import os, time\nif os.fork() == 0:\n    time.sleep(0.3)\nos._exit(0)"
+DAEMON_WITH_ORPHAN = (
+    "import signal, subprocess, sys\nsubprocess.run([sys.executable, '-c', sys.argv[1]])\nsignal.pause()"
+)
+
+
+def test_orphans_become_children_and_are_reaped() -> None:
+    """What QEMU is to the daemon that started it."""
+    with supervisor([sys.executable, "-c", DAEMON_WITH_ORPHAN, ORPHAN]) as parent:
+        until(lambda: len(children(parent.pid)) == 2)
+        until(lambda: len(children(parent.pid)) == 1)
+
+
+def test_a_second_supervisor_is_refused() -> None:
+    with supervisor() as parent:
+        code = (
+            "import sys; from pathlib import Path; from hyperpod.supervisor.main import supervise\n"
+            "supervise(Path(sys.argv[1]), ['/bin/false'])"
+        )
+        second = subprocess.run(
+            [sys.executable, "-c", code, parent.run_dir], capture_output=True, text=True, cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=WAIT, check=False,
+        )  # fmt: skip
+        assert second.returncode != 0
+        assert "another supervisor" in second.stderr
+
+
+async def test_a_stopped_supervisor_leaves_the_pods_running() -> None:
+    with supervisor() as parent:
+        async with pod(parent) as one:
+            found = await one.spawn()
+            assert parent.stop() == 0
+            assert one.shim is not None
+            assert (await one.shim.hello()).pid == found.pid
+            assert found.pid in processes()
+            with pytest.raises((Unavailable, PermissionDenied)):
+                await one.client.list()
