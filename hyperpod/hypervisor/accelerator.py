@@ -11,6 +11,9 @@ from pathlib import Path
 
 from hyperpod.errors import FailedPrecondition
 
+KVM = "/dev/kvm"
+OPEN_TO_ALL = 0o006
+
 _FLAGS = re.compile(r"^flags\s*:.*\b(vmx|svm)\b", re.MULTILINE)
 
 
@@ -22,31 +25,42 @@ class Accelerator:
     reason: str
 
 
-def decide(setting: str, *, kvm_error: str, cpuinfo: str) -> Accelerator:
-    """Pure decision. `kvm_error` is empty when /dev/kvm opened. Raises FailedPrecondition for a forced KVM."""
+def decide(setting: str, *, kvm_error: str, cpuinfo: str, kvm_mode: int = 0o666) -> Accelerator:
+    """Pure decision for `setting` auto, kvm or tcg.
+
+    `kvm_error` is empty when /dev/kvm opened; `kvm_mode` are its permission bits. Raises FailedPrecondition when
+    KVM is to be used and cannot be: forced without a device, or not open to the users that QEMU runs as. The
+    latter is not mended by emulation in silence: that is slower by ten, and no boundary between tenants.
+    """
     if setting == "tcg":
         return Accelerator("tcg", "vm.accelerator is tcg")
     if kvm_error:
         if setting == "kvm":
-            raise FailedPrecondition(f"vm.accelerator is kvm, but /dev/kvm: {kvm_error}")
-        return Accelerator("tcg", f"/dev/kvm: {kvm_error}")
+            raise FailedPrecondition(f"vm.accelerator is kvm, but {KVM}: {kvm_error}")
+        return Accelerator("tcg", f"{KVM}: {kvm_error}")
+    if setting == "auto" and not _FLAGS.search(cpuinfo):
+        return Accelerator("tcg", f"{KVM} opens, but the CPU shows neither vmx nor svm (a nested host)")
+    if kvm_mode & OPEN_TO_ALL != OPEN_TO_ALL:
+        raise FailedPrecondition(
+            f"{KVM} (mode {kvm_mode:04o}) is not open to the users that QEMU runs as: `chmod 0666 {KVM}`, and"
+            ' for every boot a udev rule KERNEL=="kvm", MODE="0666"; or set vm.accelerator to tcg'
+        )
     if setting == "kvm":
         return Accelerator("kvm", "vm.accelerator is kvm")
-    if not _FLAGS.search(cpuinfo):
-        return Accelerator("tcg", "/dev/kvm opens, but the CPU shows neither vmx nor svm (a nested host)")
-    return Accelerator("kvm", "/dev/kvm opens and the CPU has the extension")
+    return Accelerator("kvm", f"{KVM} opens and the CPU has the extension")
+
+
+def device_error(path: str) -> str:
+    """Why a device cannot be opened for reading and writing; empty when it can."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as exc:
+        return exc.strerror or str(exc)
+    return ""
 
 
 def probe(setting: str) -> Accelerator:
-    """Decide for this host. Raises FailedPrecondition when KVM is forced and cannot be used by QEMU's users."""
-    error = ""
-    try:
-        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as exc:
-        error = exc.strerror or str(exc)
-    choice = decide(setting, kvm_error=error, cpuinfo=Path("/proc/cpuinfo").read_text())
-    if choice.kind == "kvm" and not stat.S_IMODE(Path("/dev/kvm").stat().st_mode) & 0o006 == 0o006:
-        raise FailedPrecondition(
-            "/dev/kvm is not open to the users that QEMU runs as; `chmod 0666 /dev/kvm` (udev's default today)"
-        )
-    return choice
+    """Decide for this host. Raises FailedPrecondition as `decide` does."""
+    error = device_error(KVM)
+    mode = 0 if error else stat.S_IMODE(Path(KVM).stat().st_mode)
+    return decide(setting, kvm_error=error, cpuinfo=Path("/proc/cpuinfo").read_text(), kvm_mode=mode)

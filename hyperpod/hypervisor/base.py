@@ -25,7 +25,10 @@ class DomainInfo:
 
 @dataclass(frozen=True)
 class DomainEvent:
-    """`kind`: started, stopped, crashed, paused, resumed. `detail` says why in words."""
+    """`kind`: started, stopped, crashed, paused, resumed. `detail` says why in words.
+
+    `stopped` is the last event of a domain, also of one that destroy() ended.
+    """
 
     sandbox_id: str
     name: str
@@ -35,7 +38,7 @@ class DomainEvent:
 
 @dataclass(frozen=True)
 class HostFacts:
-    """Found once, at open()."""
+    """Found once, at open(). `hypervisor_version` is the newest machine type, for example pc-q35-7.2."""
 
     accelerator: str
     accelerator_reason: str
@@ -57,10 +60,13 @@ class Hypervisor(Protocol):
         """What open() found."""
 
     async def create(self, spec: DomainSpec) -> None:
-        """Start a transient domain. Raises BootError of phase `domain` with QEMU's last words."""
+        """Start a transient domain. Raises BootError of phase `domain` with QEMU's last words.
+
+        A cancelled or failed create may still start the domain: destroy() by name waits for that as well.
+        """
 
     async def destroy(self, name: str) -> None:
-        """End it at once; fine when there is none."""
+        """End it at once, also while it is being created; fine when there is none. Then its process is gone."""
 
     async def list(self) -> list[DomainInfo]:
         """All domains of the connection, ours or not."""

@@ -16,7 +16,6 @@ PROGRAMS = {
     "skopeo": "skopeo",
     "sqfstar": "squashfs-tools",
     "mkfs.ext4": "e2fsprogs",
-    "cp": "coreutils",
 }
 """Program to Debian package."""
 
@@ -56,7 +55,9 @@ def checks(accelerator_setting: str) -> list[Check]:
     except KeyError:
         user = False
     mend = "useradd --system --no-create-home --shell /usr/sbin/nologin --user-group libvirt-qemu"
-    out.append(Check("user libvirt-qemu", user, True, "libvirt's driver looks it up before its settings", mend))
+    out.append(
+        Check("user libvirt-qemu", user, True, "libvirt's driver looks it up before its settings", mend)
+    )
     try:
         choice = accelerator.probe(accelerator_setting)
         slow = "" if choice.kind == "kvm" else " (works, but slowly, and is no security boundary)"
@@ -65,7 +66,7 @@ def checks(accelerator_setting: str) -> list[Check]:
         out.append(
             Check("accelerator", False, True, str(exc), "set vm.accelerator to auto, or mend /dev/kvm")
         )
-    vhost = Path("/dev/vhost-vsock").exists()
-    detail = "the kernel's" if vhost else "no /dev/vhost-vsock: our own vhost-user device is used"
+    error = accelerator.device_error("/dev/vhost-vsock")
+    detail = f"/dev/vhost-vsock: {error}; our own vhost-user device is used" if error else "the kernel's"
     out.append(Check("vsock", True, False, detail))
     return out

@@ -20,12 +20,27 @@ VSOCK_PORT = "hpvsockrp"
 
 MEMORY_SLOTS = 8
 
+ROOT_PORTS = 12
+"""PCIe root ports of a VM. At most seven devices take one at start; the others wait for hot-plugged ones, since a
+port itself cannot be hot-plugged. Unused ports cost nothing measurable."""
+
+UNITS_PER_TARGET = 256
+"""LUNs below 256 keep SCSI's plain addressing (SAM-5 4.7)."""
+
 _SAFE = re.compile(r"[\x20-\x7e]*\Z")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")
+"""Of a domain: it becomes part of file names, and of QEMU's comma-separated options."""
+
+ET.register_namespace("hyperpod", NAMESPACE)
+ET.register_namespace("qemu", QEMU_NAMESPACE)
 
 
 @dataclass(frozen=True)
 class Disk:
-    """A LUN on the sandbox's virtio-scsi controller. `serial` is at most 36 characters (VPD page 0x80)."""
+    """A raw LUN on the sandbox's virtio-scsi controller.
+
+    `serial` is at most 36 characters (the guest finds it in VPD page 0x80); `unit` is below 256.
+    """
 
     serial: str
     path: str
@@ -36,7 +51,12 @@ class Disk:
 
 @dataclass(frozen=True)
 class DomainSpec:
-    """All that a VM is made of. Sizes in MiB; paths absolute."""
+    """All that a VM is made of. Sizes in MiB; paths absolute.
+
+    `root` is the guest's read-only image (vda), `scratch` its writable disk (vdb, serial "scratch"). QEMU connects
+    to `console_socket` and `vsock_socket` (vhost-user), which someone listens on; `vsock_cid` is for the kernel's
+    vhost-vsock instead. QEMU runs as uid:gid.
+    """
 
     name: str
     uuid: str
@@ -85,10 +105,12 @@ def _virtio_disk(devices: ET.Element, name: str, path: str, *, serial: str, read
 
 def disk_xml(disk: Disk) -> str:
     """The element for attaching or detaching one LUN."""
+    if not 0 <= disk.unit < UNITS_PER_TARGET:
+        raise InvalidArgument(f"disk {disk.serial}: unit {disk.unit} is not below {UNITS_PER_TARGET}")
     root = ET.Element("disk", {"type": "file", "device": "disk"})
     ET.SubElement(root, "driver", {"name": "qemu", "type": "raw", "cache": "writeback"})
     _add(root, "source", file=disk.path)
-    _add(root, "target", dev=f"sd{_letters(disk.unit)}", bus="scsi")
+    _add(root, "target", dev=f"sd{_letters(disk.target * UNITS_PER_TARGET + disk.unit)}", bus="scsi")
     _add(root, "serial", disk.serial)
     if disk.readonly:
         _add(root, "readonly")
@@ -119,6 +141,8 @@ def vsock_device() -> dict[str, object]:
 
 def domain_xml(spec: DomainSpec) -> str:
     """The whole domain. Raises InvalidArgument for text that XML or QEMU would misread."""
+    if not _NAME.match(spec.name):
+        raise InvalidArgument(f"{spec.name[:80]!r} is no name for a domain")
     domain = ET.Element("domain", {"type": "kvm" if spec.accelerator == "kvm" else "qemu"})
     _add(domain, "name", spec.name)
     _add(domain, "uuid", spec.uuid)
@@ -126,7 +150,8 @@ def domain_xml(spec: DomainSpec) -> str:
     ET.SubElement(metadata, f"{{{NAMESPACE}}}sandbox", {"instance": spec.instance_id, "id": spec.sandbox_id})
     if spec.max_memory_mib > spec.memory_mib:
         _add(domain, "maxMemory", str(spec.max_memory_mib), slots=str(MEMORY_SLOTS), unit="MiB")
-    _add(domain, "memory", str(spec.memory_mib), unit="MiB")
+    # A core file of QEMU would hold a tenant's memory.
+    _add(domain, "memory", str(spec.memory_mib), unit="MiB", dumpCore="off")
     _add(domain, "currentMemory", str(spec.memory_mib), unit="MiB")
     backing = _add(domain, "memoryBacking")
     _add(backing, "source", type="memfd")
@@ -148,8 +173,6 @@ def domain_xml(spec: DomainSpec) -> str:
     _add(label, "label", f"+{spec.uid}:+{spec.gid}")
     if spec.vsock_socket:
         _vhost_user_vsock(domain, spec.vsock_socket)
-    ET.register_namespace("hyperpod", NAMESPACE)
-    ET.register_namespace("qemu", QEMU_NAMESPACE)
     return ET.tostring(domain, encoding="unicode")
 
 
@@ -170,6 +193,9 @@ def _devices(devices: ET.Element, spec: DomainSpec) -> None:
         _virtio_disk(devices, "vdb", spec.scratch, serial=SCRATCH_SERIAL, readonly=False)
     _add(devices, "controller", type="scsi", index="0", model="virtio-scsi")
     _add(devices, "controller", type="usb", model="none")
+    _add(devices, "controller", type="pci", index="0", model="pcie-root")
+    for index in range(1, ROOT_PORTS + 1):
+        _add(devices, "controller", type="pci", index=str(index), model="pcie-root-port")
     if spec.console_socket:
         serial = _add(devices, "serial", type="unix")
         source = _add(serial, "source", mode="connect", path=spec.console_socket)
@@ -178,6 +204,7 @@ def _devices(devices: ET.Element, spec: DomainSpec) -> None:
     if spec.vsock_cid is not None:
         _add(_add(devices, "vsock", model="virtio"), "cid", auto="no", address=str(spec.vsock_cid))
     _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
+    _add(devices, "panic", model="isa")  # tells a kernel panic from a power-off
     _add(devices, "memballoon", model="virtio", freePageReporting="on")
 
 

@@ -1,0 +1,156 @@
+"""QEMU and virtiofsd processes of our libvirt root that libvirt itself no longer knows.
+
+libvirt adopts what its status files name. A status file that a full disk cut short, or a virtiofsd whose domain
+ended while nobody looked, leaves processes behind that hold a tenant's memory and files. Only processes whose
+own command line, or whose pid file, lies below our root are touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import select
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+DEATH_TIMEOUT_MS = 5000
+SHORT_NAME = 20
+"""libvirt cuts a domain's name to this many characters in the names of its files (virDomainDefGetShortName)."""
+
+CGROUP_SUFFIX = ".libvirt-qemu"
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """A process to end. `domain`: what is known of the name; `files`: files and folders to be removed with it."""
+
+    pid: int
+    domain: str
+    files: tuple[Path, ...] = ()
+    cgroups: tuple[Path, ...] = ()
+
+
+def find(root: Path, known: set[str]) -> list[Orphan]:
+    """Processes of `root` whose domain is not among the names in `known`."""
+    return [*_emulators(root, known), *_file_servers(root, known)]
+
+
+def _emulators(root: Path, known: set[str]) -> list[Orphan]:
+    found = []
+    mark = f"{root}/lib/qemu/domain-"
+    for entry in os.listdir("/proc"):
+        if not entry.isdecimal():
+            continue
+        argv = _argv(int(entry))
+        if not argv or not Path(argv[0]).name.startswith("qemu-system-"):
+            continue
+        name = _guest(argv)
+        if name and name not in known and any(mark in arg for arg in argv):
+            found.append(Orphan(int(entry), name, tuple(_files(root, name)), tuple(_cgroups(int(entry)))))
+    return found
+
+
+def _files(root: Path, name: str) -> list[Path]:
+    """What libvirt made for the domain and would have removed at its end."""
+    short = f"domain-*-{name[:SHORT_NAME]}"
+    return [
+        *(root / "lib" / "qemu").glob(short),
+        *(root / "lib" / "qemu" / "channel" / "target").glob(short),
+        *(root / "lib" / "qemu" / "ram").glob(f"*-{name[:SHORT_NAME]}"),
+        *(root / "run" / "qemu").glob(f"{name}.*"),
+        root / "log" / "qemu" / f"{name}.log",
+    ]
+
+
+def _cgroups(pid: int) -> list[Path]:
+    """The folders of libvirt's cgroup of a process, of every hierarchy."""
+    found = set()
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+        for line in lines:
+            parts = Path(line.split(":", 2)[2].lstrip("/")).parts
+            depth = next((n for n, part in enumerate(parts) if part.endswith(CGROUP_SUFFIX)), None)
+            if depth is not None:
+                inner = Path(*parts[: depth + 1])
+                found |= {Path(m, inner) for m, kind in mounts if kind.startswith("cgroup")}
+    return [path for path in sorted(found) if path.is_dir()]
+
+
+def _file_servers(root: Path, known: set[str]) -> list[Orphan]:
+    found = []
+    for file in (root / "run" / "qemu").glob("*-fs.pid"):
+        # <id>-<short name>-<alias>-fs.pid
+        stem = file.name.removesuffix("-fs.pid").partition("-")[2].rpartition("-")[0]
+        if any(name[:SHORT_NAME] == stem for name in known):
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(file.read_text())
+            argv = _argv(pid)
+            if argv and Path(argv[0]).name == "virtiofsd":
+                found.append(Orphan(pid, stem, (file, file.with_suffix(".sock"))))
+    return found
+
+
+def _argv(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
+def _guest(argv: list[str]) -> str:
+    """The domain's name from QEMU's `-name guest=NAME,...`."""
+    for flag, value in itertools.pairwise(argv):
+        if flag == "-name":
+            return value.removeprefix("guest=").partition(",")[0]
+    return ""
+
+
+def sweep(root: Path, known: set[str]) -> list[Orphan]:
+    """Kill what `find` finds and wait for the deaths; returns it."""
+    orphans = find(root, known)
+    for orphan in orphans:
+        log.warning("ending process %d of the unknown domain %s", orphan.pid, orphan.domain)
+        _kill(orphan, root, known)
+        for file in orphan.files:
+            if file.is_dir():
+                shutil.rmtree(file, ignore_errors=True)
+            else:
+                file.unlink(missing_ok=True)
+        for group in orphan.cgroups:
+            _remove_cgroup(group)
+    return orphans
+
+
+def _remove_cgroup(group: Path) -> None:
+    for folder, _, _ in os.walk(group, topdown=False):
+        try:
+            Path(folder).rmdir()
+        except OSError as exc:
+            log.warning("cgroup %s stays: %s", folder, exc.strerror)
+
+
+def _kill(orphan: Orphan, root: Path, known: set[str]) -> None:
+    try:
+        handle = os.pidfd_open(orphan.pid)
+    except ProcessLookupError:
+        return
+    try:
+        # Looked at once more under the pidfd: the number may be another process's by now.
+        if orphan not in find(root, known):
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        if not poll.poll(DEATH_TIMEOUT_MS):
+            log.error("process %d of domain %s does not die", orphan.pid, orphan.domain)
+    finally:
+        os.close(handle)
