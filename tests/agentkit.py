@@ -30,7 +30,7 @@ TIMEOUT = 60.0
 
 APPLETS = (
     *("sh", "grep", "pwd", "cat", "echo", "sleep", "ls", "id", "ps", "kill", "yes", "head", "dd", "true"),
-    *("false", "env", "mount", "tr", "wc", "stty", "seq", "test", "printf", "mkdir"),
+    *("false", "env", "mount", "tr", "wc", "stty", "seq", "test", "printf", "mkdir", "date"),
 )
 
 

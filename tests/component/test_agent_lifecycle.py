@@ -249,17 +249,18 @@ async def test_a_deep_and_wide_tree_is_removed(agent: AgentKit) -> None:
 
 
 async def test_events_resume_where_another_client_left(agent: AgentKit) -> None:
+    before = (await agent.client.hello(host_time_ns=0, entropy=b"", hostname="", sysctls={})).event_seq
     first, _, _ = await agent.run("true")
     second, _, _ = await agent.run("false")
     other = await agent.another_client()
     try:
         seen = []
-        async for event in other.events(0):
+        async for event in other.events(before):
             seen.append((event.seq, event.exited.id))
             if len(seen) == 2:
                 break
-        assert seen == [(1, first), (2, second)]
-        async for event in other.events(1):
+        assert seen == [(before + 1, first), (before + 2, second)]
+        async for event in other.events(before + 1):
             assert event.exited.id == second
             break
     finally:
