@@ -11,16 +11,9 @@ import pytest
 
 from hyperpod.errors import HyperpodError, InvalidArgument
 from tests.agentkit import TIMEOUT, AgentKit, AgentPlace
-
-# Names starting with test_ only: fixtures and imports of those modules are not taken over.
-from tests.component.test_agent_access import (
-    test_connections_are_bounded_and_come_back as test_connections_are_bounded_and_come_back,
-)
-from tests.component.test_agent_access import (
-    test_garbage_instead_of_a_preface_is_cut as test_garbage_instead_of_a_preface_is_cut,
-)
-from tests.component.test_agent_lifecycle import *  # noqa: F403  # the suite
-from tests.component.test_agent_streams import *  # noqa: F403  # the suite
+from tests.component.test_agent_access import *  # noqa: F403  # the suite: every test_ name
+from tests.component.test_agent_lifecycle import *  # noqa: F403
+from tests.component.test_agent_streams import *  # noqa: F403
 from tests.vm.agentvm import vm_agent
 
 pytestmark = pytest.mark.vm
