@@ -19,6 +19,7 @@ from hyperpod.hypervisor.base import Hypervisor
 from hyperpod.hypervisor.scratch import ScratchDisks
 from hyperpod.logs import printable
 from hyperpod.model.base import now_ns
+from hyperpod.model.sandbox import SandboxConfig
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.sandbox.phases import Phases
 from hyperpod.shimclient.client import ShimClient
@@ -32,6 +33,15 @@ SHIM_TIMEOUT = 20.0
 
 SHIM_RETRY = 0.01
 DESTROY_TIMEOUT = 30.0
+
+
+HOSTNAME_LIMIT = 63
+"""Bytes; the kernel takes 64, a DNS label 63 (RFC 1035 2.3.4)."""
+
+
+def hostname(config: SandboxConfig) -> str:
+    """The guest's host name: the one asked for, else the pod's name cut to a DNS label."""
+    return config.hostname or config.metadata.name[:HOSTNAME_LIMIT].rstrip("-.") or "pod"
 
 
 class VmBuilder:
@@ -153,7 +163,7 @@ class VmBuilder:
             return await client.hello(
                 host_time_ns=now_ns(),
                 entropy=os.urandom(64),
-                hostname=sandbox.record.config.hostname or sandbox.record.config.metadata.name,
+                hostname=hostname(sandbox.record.config),
                 sysctls=sandbox.record.config.sysctls,
             )
         finally:
