@@ -14,8 +14,10 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 from grpclib.client import Channel
+
 from hyperpod.api.gen.hyperpod.admin.v1 import AdminStub, LoadRequest
 from hyperpod.api.gen.runtime import v1 as cri
 
@@ -176,14 +178,14 @@ class Cri:
             )
         await self.admin.load(LoadRequest(path=str(folder)))
 
-    def pod_config(self, name: str = "", **linux: object) -> cri.PodSandboxConfig:
+    def pod_config(self, name: str = "", **linux: Any) -> cri.PodSandboxConfig:
         ident = secrets.token_hex(4)
         return cri.PodSandboxConfig(
             metadata=cri.PodSandboxMetadata(name=name or f"pod-{ident}", uid=ident, namespace="test"),
             hostname=name or f"pod-{ident}",
             log_directory=str(self.daemon.logs / ident),
             labels={"app": "test"},
-            linux=cri.LinuxPodSandboxConfig(**linux),  # type: ignore[arg-type]
+            linux=cri.LinuxPodSandboxConfig(**linux),
         )
 
     async def run_pod(self, config: cri.PodSandboxConfig | None = None) -> str:
@@ -194,24 +196,24 @@ class Cri:
         await self.runtime.stop_pod_sandbox(cri.StopPodSandboxRequest(pod_sandbox_id=ident))
         await self.runtime.remove_pod_sandbox(cri.RemovePodSandboxRequest(pod_sandbox_id=ident))
 
-    async def create(self, pod: str, *argv: str, name: str = "", **more: object) -> str:
+    async def create(self, pod: str, *argv: str, name: str = "", **more: Any) -> str:
         name = name or f"c-{secrets.token_hex(3)}"
-        values: dict[str, object] = {"command": list(argv), "log_path": f"{name}.log", **more}
+        values: dict[str, Any] = {"command": list(argv), "log_path": f"{name}.log", **more}
         config = cri.ContainerConfig(
             metadata=cri.ContainerMetadata(name=name), image=cri.ImageSpec(image=BUSYBOX), **values
-        )  # type: ignore[arg-type]
+        )
         request = cri.CreateContainerRequest(pod_sandbox_id=pod, config=config)
         return (await self.runtime.create_container(request)).container_id
 
     async def start(self, container: str) -> None:
         await self.runtime.start_container(cri.StartContainerRequest(container_id=container))
 
-    async def run(self, pod: str, *argv: str, **more: object) -> str:
-        container = await self.create(pod, *argv, **more)  # type: ignore[arg-type]
+    async def run(self, pod: str, *argv: str, **more: Any) -> str:
+        container = await self.create(pod, *argv, **more)
         await self.start(container)
         return container
 
-    async def sh(self, pod: str, script: str, **more: object) -> str:
+    async def sh(self, pod: str, script: str, **more: Any) -> str:
         return await self.run(pod, "/bin/sh", "-c", script, **more)
 
     async def stop(self, container: str, timeout: int = 0) -> None:

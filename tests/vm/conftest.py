@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from hyperpod.api.gen.runtime import v1 as cri
 
+from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import Cri, Daemon, daemon
 
 

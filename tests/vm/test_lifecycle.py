@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
-from hyperpod.api.gen.runtime import v1 as cri
 
+from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import BUSYBOX, Cri
 
 pytestmark = pytest.mark.vm

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from grpclib.exceptions import GRPCError, StreamTerminatedError
-from hyperpod.api.gen.runtime import v1 as cri
 
 from hyperpod import failpoints
+from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import Cri, Daemon, daemon
 
 pytestmark = pytest.mark.vm
