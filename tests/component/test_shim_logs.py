@@ -146,8 +146,14 @@ async def test_kill_9_at_random_moments_is_not_seen_in_the_log(one: Pod) -> None
     assert payload(b"".join(file.read_bytes() for file in files), b"stderr") == b"some\n"
 
 
-async def test_what_was_written_after_the_last_cursor_is_counted_and_a_torn_record_cut(one: Pod) -> None:
-    """The states in which a kill between write(2), cursor and acknowledgement leaves the log."""
+@pytest.mark.parametrize("rotated", [False, True])
+async def test_what_was_written_after_the_last_cursor_is_counted_and_a_torn_record_cut(
+    one: Pod, rotated: bool
+) -> None:
+    """The states in which a kill between write(2), cursor and acknowledgement leaves the log.
+
+    Rotated before the successor came, the old file is found through the supervisor, not by its path.
+    """
     container = secrets.token_hex(32)
     stream = one.peer.add(container, "stdout", of_bytes(b"first\nsecond\nthird\n"))
     one.peer.add(container, "stderr", of_bytes(b""))
@@ -162,10 +168,17 @@ async def test_what_was_written_after_the_last_cursor_is_counted_and_a_torn_reco
         log.write(record.replace(b"first", b"second") + record.replace(b"first", b"third")[:-3])
     stream.sender.feed(stream.source(100))
     stream.paused.set()
+    old = path.with_suffix(".old")
+    if rotated:
+        path.rename(old)
     await one.spawn(resume=True)
     await one.log_start(container)
     assert await finish(one, container) == (True, 0)
-    assert payload(path.read_bytes()) == b"first\nsecond\nthird\n"
+    if rotated:
+        assert payload(old.read_bytes()) == b"first\nsecond\n"
+        assert payload(path.read_bytes()) == b"third\n"
+    else:
+        assert payload(path.read_bytes()) == b"first\nsecond\nthird\n"
     assert one.peer.opened[-1].from_offset in (0, 13), "stdout resumes behind the counted record"
 
 
