@@ -58,6 +58,8 @@ class StdioPeer:
         self.path = directory / "1025.sock"
         self.identity = Identity(bytes.fromhex(sandbox_id), token)
         self.streams: dict[tuple[str, str, str], Stream] = {}
+        self.scripts: dict[tuple[str, str, str], bytes] = {}
+        """Raw frames for whoever opens such a stream."""
         self.opened: list[Open] = []
         self.drop_after = 0
         """Cut each connection after so many acknowledgements; 0: never."""
@@ -118,7 +120,12 @@ class StdioPeer:
             frames = decoder.feed(data)
         request = decode_open(frames[0])
         self.opened.append(request)
-        stream = self.streams.get((request.container, request.exec_id, request.stream))
+        key = request.container, request.exec_id, request.stream
+        if (script := self.scripts.get(key)) is not None:
+            writer.write(script)
+            await reader.read()
+            return
+        stream = self.streams.get(key)
         if stream is None:
             writer.write(encode_error("no such stream"))
             return

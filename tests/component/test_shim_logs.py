@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from hyperpod.errors import FailedPrecondition, NotFound, Unavailable
+from hyperpod.wire import stdio
 from tests.shimkit import WAIT, Pod, SupervisorProcess, eventually, opened, payload, pod, supervisor
 from tests.stdiopeer import Source, of_bytes
 
@@ -232,6 +233,28 @@ async def test_a_gap_is_counted(one: Pod) -> None:
     await one.log_start(container)
     assert await finish(one, container) == (True, 5)
     assert payload(one.path(container).read_bytes()) == b"56789\nabc\n"
+
+
+async def test_gaps_in_mid_stream_and_at_its_end(one: Pod) -> None:
+    """Scripted: our agent loses nothing, but what a guest sends must not confuse the log."""
+    container = secrets.token_hex(32)
+    script = b"".join(
+        (
+            stdio.encode_opened(0),
+            *stdio.encode_data(0, b"one\ncut o"),
+            stdio.encode_gap(100),
+            *stdio.encode_data(100, b"ff\n"),
+            stdio.encode_gap(110),
+            stdio.encode_eof(110),
+        )
+    )
+    one.peer.scripts[container, "", "stdout"] = script
+    one.peer.add(container, "stderr", of_bytes(b""))
+    await one.log_start(container)
+    assert await finish(one, container) == (True, 91 + 7)
+    log = one.path(container).read_bytes()
+    assert payload(log) == b"one\ncut off\n"
+    assert log.count(b" P cut o\n") == 1
 
 
 async def test_an_agent_that_is_gone_leaves_the_log_incomplete_but_whole(one: Pod) -> None:
