@@ -12,6 +12,8 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
+from hyperpod.errors import DeadlineExceeded, HyperpodError
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,12 @@ class TaskOwner:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
-            log.error("task %s failed: %r", task.get_name(), exc, exc_info=exc)
+            if isinstance(
+                exc, HyperpodError
+            ):  # foreseen: its words are enough, and its caller hears them too
+                log.info("task %s failed: %s", task.get_name(), exc)
+            else:
+                log.error("task %s failed: %r", task.get_name(), exc, exc_info=exc)
 
     async def close(self, timeout: float = 10.0) -> None:
         """Cancel every task and wait for them, at most `timeout` seconds."""
@@ -88,8 +95,6 @@ class Operations:
 
 async def bounded(awaitable: Awaitable[T], seconds: float, what: str) -> T:
     """Await with a deadline. Raises DeadlineExceeded that names `what`."""
-    from hyperpod.errors import DeadlineExceeded
-
     try:
         async with asyncio.timeout(seconds):
             return await awaitable

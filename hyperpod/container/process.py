@@ -5,6 +5,7 @@ from __future__ import annotations
 from hyperpod.errors import InvalidArgument, Unsupported
 from hyperpod.model.container import ContainerConfig, ContainerRecord
 from hyperpod.model.images import ImageConfig
+from hyperpod.model.security import NamespaceMode
 from hyperpod.spec.oci import ContainerSpecInput
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -66,6 +67,8 @@ def spec_input(record: ContainerRecord) -> ContainerSpecInput:
         uid=uid,
         gid=gid,
         additional_gids=config.supplemental_groups,
+        own_pid=config.namespaces.pid is not NamespaceMode.POD,
+        own_ipc=config.namespaces.ipc is not NamespaceMode.POD,
         tty=config.tty,
         readonly_rootfs=config.readonly_rootfs,
         add_capabilities=config.capabilities.add,

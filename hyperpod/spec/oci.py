@@ -1,7 +1,8 @@
 """The OCI runtime spec of a container, for crun in the guest (or on the host): a pure builder.
 
-The network, UTS and user namespaces are the pod's, which for a VM are the guest's own; pid, ipc, mount and
-cgroup are the container's. `root.path` and `linux.cgroupsPath` are the agent's to fill in.
+The network, UTS and user namespaces are the pod's, which for a VM are the guest's own; mount and cgroup are
+the container's; pid and ipc are either, as the request says.
+`root.path` and `linux.cgroupsPath` are the agent's to fill in.
 
 Environment: an OCI spec is JSON, so it can carry UTF-8 only (crun's parser refuses other bytes, and turns an
 escaped code point into its UTF-8). A value that is not UTF-8 is refused by name.
@@ -35,7 +36,8 @@ MASKED_PATHS = (
     "/sys/devices/virtual/powercap",
 )
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
-NAMESPACES = ("pid", "ipc", "mount", "cgroup")
+NAMESPACES = ("mount", "cgroup")
+"""Always the container's own."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class ContainerSpecInput:
     uid: int = 0
     gid: int = 0
     additional_gids: tuple[int, ...] = ()
+    own_pid: bool = True
+    """A pid namespace of its own, not the pod's."""
+    own_ipc: bool = True
     tty: bool = False
     readonly_rootfs: bool = False
     add_capabilities: tuple[str, ...] = ()
@@ -73,7 +78,7 @@ def build_spec(spec: ContainerSpecInput) -> bytes:
         "mounts": _mounts(),
         "linux": {
             "cgroupsPath": "",
-            "namespaces": [{"type": name} for name in NAMESPACES],
+            "namespaces": [{"type": name} for name in _namespaces(spec)],
             "maskedPaths": list(spec.masked_paths or MASKED_PATHS),
             "readonlyPaths": list(spec.readonly_paths or READONLY_PATHS),
             "resources": _resources(spec.resources),
@@ -137,6 +142,11 @@ def _variable(item: bytes) -> str:
         return item.decode()
     except UnicodeDecodeError as exc:
         raise InvalidArgument(f"environment variable {shown!r} is not UTF-8, which is not built yet") from exc
+
+
+def _namespaces(spec: ContainerSpecInput) -> list[str]:
+    own = [name for name, wanted in (("pid", spec.own_pid), ("ipc", spec.own_ipc)) if wanted]
+    return [*own, *NAMESPACES]
 
 
 def _mount(destination: str, kind: str, source: str, *options: str) -> dict[str, Any]:

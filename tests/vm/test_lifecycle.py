@@ -219,3 +219,24 @@ async def test_images_in_use_can_be_removed_and_come_back(cri_client: Cri, pod: 
     assert info.value.status is Status.NOT_FOUND
     await cri_client.load_busybox()
     assert (await cri_client.wait(await cri_client.run(pod, "/bin/true"))).exit_code == 0
+
+
+async def test_pid_namespaces(cri_client: Cri, pod: str) -> None:
+    def linux(mode: cri.NamespaceMode) -> cri.LinuxContainerConfig:
+        options = cri.NamespaceOption(pid=mode)
+        return cri.LinuxContainerConfig(
+            security_context=cri.LinuxContainerSecurityContext(namespace_options=options)
+        )
+
+    own = await cri_client.sh(pod, "exec sleep 3001", linux=linux(cri.NamespaceMode.CONTAINER))
+    shared = await cri_client.sh(pod, "sleep 3002 & exec sleep 3003", linux=linux(cri.NamespaceMode.POD))
+    inside = (await cri_client.exec(own, "ps")).stdout.decode()
+    assert "sleep 3001" in inside
+    assert "sleep 3003" not in inside
+    pod_view = (await cri_client.exec(shared, "ps")).stdout.decode()
+    assert "sleep 3001" in pod_view
+    assert "sleep 3003" in pod_view
+    await cri_client.stop(shared, timeout=30)
+    assert (await cri_client.status(shared)).exit_code == 143, "not process 1, so SIGTERM's default works"
+    witness = await cri_client.sh(pod, "exec sleep 3004", linux=linux(cri.NamespaceMode.POD))
+    assert "sleep 3002" not in (await cri_client.exec(witness, "ps")).stdout.decode(), "nobody outlives it"
