@@ -10,6 +10,7 @@ import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
 
 from grpclib.const import Status
@@ -40,11 +41,26 @@ CODES: dict[type[BaseException], Status] = {
 MESSAGE_LIMIT = 4096
 """Bytes of an error's text: it travels in a header."""
 
-QUIET = ("Version", "Status", "List", "ImageStatus", "ContainerStatus", "PodSandboxStatus", "ImageFsInfo")
+QUIET = (
+    "Version",
+    "Status",
+    "List",
+    "Stream",
+    "ImageStatus",
+    "ContainerStatus",
+    "PodSandboxStatus",
+    "ImageFsInfo",
+)
 """Called every second by a kubelet; logged at debug."""
 
 _numbers = itertools.count(1)
+_subject: ContextVar[str] = ContextVar("subject", default="")
 Handler = Callable[[Any], Awaitable[None]]
+
+
+def about(subject: str) -> None:
+    """Called by a service: what its RPC is about, for the log's end line. No secrets."""
+    _subject.set(" " + printable(subject, 100) if subject else "")
 
 
 def to_grpc(exc: BaseException) -> GRPCError | None:
@@ -68,27 +84,40 @@ def guarded(name: str, handler: Handler, closing: Callable[[], bool]) -> Handler
     async def run(stream: Any) -> None:
         number, start = next(_numbers), time.monotonic()
         log.log(level, "%s #%d", short, number)
+
+        def end(level: int, outcome: str) -> None:
+            seconds = time.monotonic() - start
+            log.log(level, "%s #%d%s: %s in %.3f s", short, number, _subject.get(), outcome, seconds)
+
         try:
             await handler(stream)
         except asyncio.CancelledError:
-            log.info("%s #%d cancelled after %.3f s", short, number, time.monotonic() - start)
             if closing():
+                end(logging.INFO, "cut short by the server's end")
                 raise GRPCError(Status.UNAVAILABLE, "the runtime is shutting down; try again") from None
+            if not _cancelled():
+                end(logging.WARNING, "lost what it waited for")
+                raise GRPCError(Status.ABORTED, f"{short} was overtaken; try again") from None
+            end(logging.INFO, "given up by its client")
             raise
         except StreamTerminatedError:
-            log.info("%s #%d: the client left after %.3f s", short, number, time.monotonic() - start)
+            end(logging.INFO, "left by its client")
             raise
         except Exception as exc:
             mapped = to_grpc(exc)
             if mapped is None:
                 log.exception("%s #%d failed unexpectedly", short, number)
-                mapped = GRPCError(
-                    Status.INTERNAL, f"internal error in {short}: {type(exc).__name__}; see the log"
-                )
-            seconds = time.monotonic() - start
-            log.info("%s #%d %s in %.3f s: %s", short, number, mapped.status.name, seconds, mapped.message)
+                text = f"internal error in {short}: {type(exc).__name__}; see the log"
+                mapped = GRPCError(Status.INTERNAL, text)
+            end(logging.INFO, f"{mapped.status.name} ({mapped.message})")
             raise mapped from exc
         else:
-            log.log(level, "%s #%d OK in %.3f s", short, number, time.monotonic() - start)
+            end(level, "OK")
 
     return run
+
+
+def _cancelled() -> bool:
+    """Whether the call itself was cancelled, not just something that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
