@@ -33,6 +33,7 @@ class Recovery:
         self, sandboxes: SandboxManager, containers: ContainerManager, supervisor: SupervisorClient
     ) -> None:
         self.sandboxes, self.containers, self.supervisor = sandboxes, containers, supervisor
+        self._strays: set[str] = set()
 
     async def run(self) -> None:
         records, _ = await self.sandboxes.store.load()
@@ -62,6 +63,7 @@ class Recovery:
                 continue
             if self.sandboxes.index.find(info.sandbox_id) is None:
                 log.warning("domain %s has no record; destroying it", info.name)
+                self._strays.add(info.sandbox_id[:12])
                 await self.sandboxes.builder.hypervisor.destroy(info.name)
             elif info.running:
                 running.add(info.name)
@@ -84,17 +86,20 @@ class Recovery:
                 log.error("sandbox %s cannot be stopped either: %s", sandbox.short, stop_exc)
 
     async def _sweep(self, live: list[LiveSandbox]) -> None:
-        """Shims and folders of sandboxes that nobody knows."""
+        """Shims, folders and cgroups of sandboxes that nobody knows."""
         known = {s.id for s in self.sandboxes.index.values()}
         for sandbox_id in await self.supervisor.list_ids():
             if sandbox_id not in known:
                 await self.supervisor.drop(sandbox_id)
+                self._strays.add(sandbox_id[:12])
         folders = {s.directory.name for s in live if s.ready}
         root = self.sandboxes.config.run_dir / "s"
         if root.is_dir():
             for folder in root.iterdir():
                 if folder.name not in folders:
+                    self._strays.add(folder.name)
                     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        await self.sandboxes.builder.cgroups.sweep(self._strays)
         scratch = self.sandboxes.config.state_dir / "scratch"
         if scratch.is_dir():
             for file in scratch.glob("*.raw"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -124,9 +125,19 @@ class Daemon:
                         found.append(f"{entry.name} {line[:160]}")
         return found
 
+    def cgroups(self) -> list[str]:
+        """Cgroups, ours and libvirt's, of every sandbox that the log tells of."""
+        shorts = set(re.findall(r"sandbox ([0-9a-f]{12})\b", self.text()))
+        return [
+            folder
+            for folder, _, _ in os.walk("/sys/fs/cgroup")
+            if any(name in shorts for name in re.split("[-.]", Path(folder).name))
+        ]
+
     def leftovers(self) -> list[str]:
-        """What is there although no pod is: QEMUs, mounts, folders, disks, records."""
+        """What is there although no pod is: QEMUs, mounts, cgroups, folders, disks, records."""
         left = [line for line in self.processes() if "qemu" in line or "shim" in line]
+        left += self.cgroups()
         left += [
             m
             for m in Path("/proc/mounts").read_text().splitlines()

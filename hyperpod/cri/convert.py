@@ -14,6 +14,7 @@ from hyperpod.model.container import Capabilities, ContainerConfig, ContainerMet
 from hyperpod.model.images import RegistryAuth
 from hyperpod.model.sandbox import DnsConfig, PortMapping, SandboxConfig, SandboxMetadata
 from hyperpod.model.security import LinuxResources, NamespaceMode, NamespaceOptions, SeccompKind
+from hyperpod.spec.cgroup import parent_folder
 
 MAX_NAME = 1024
 MAX_HOSTNAME = 64
@@ -36,6 +37,11 @@ def _text(where: str, value: str, limit: int = MAX_NAME, *, required: bool = Fal
         raise InvalidArgument(f"{where} has {len(value)} characters, at most {limit} are taken")
     if _NUL.search(value):
         raise InvalidArgument(f"{where} holds a NUL")
+    return value
+
+
+def _cgroup_parent(value: str) -> str:
+    parent_folder(_text("config.linux.cgroup_parent", value, MAX_PATH))
     return value
 
 
@@ -150,7 +156,7 @@ def sandbox_config(config: cri.PodSandboxConfig | None) -> SandboxConfig:
         labels=_map("config.labels", config.labels),
         annotations=_map("config.annotations", config.annotations),
         has_linux=config.linux is not None,
-        cgroup_parent=_text("config.linux.cgroup_parent", linux.cgroup_parent, MAX_PATH),
+        cgroup_parent=_cgroup_parent(linux.cgroup_parent),
         namespaces=_namespaces(security.namespace_options),
         run_as_user=_id(f"{context}.run_as_user", security.run_as_user),
         run_as_group=_id(f"{context}.run_as_group", security.run_as_group),

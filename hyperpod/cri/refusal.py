@@ -115,7 +115,7 @@ RUN_POD_SANDBOX: Table = {
     "config.port_mappings[].host_port": Refused("a pod has loopback only; host ports are not built yet"),
     "config.port_mappings[].host_ip": Harmless("counts with a host_port only"),
     "config.windows": Refused(_WINDOWS),
-    "config.linux.cgroup_parent": Harmless("VMs are not placed below it yet; their size is bounded anyway"),
+    "config.linux.cgroup_parent": HONOURED,
     "config.linux.sysctls": Refused("sysctls are not built yet"),
     **_under("config.linux.overhead", _POD_RESOURCES),
     **_under("config.linux.resources", _POD_RESOURCES),

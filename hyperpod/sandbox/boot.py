@@ -14,15 +14,17 @@ from pathlib import Path
 from hyperpod import failpoints
 from hyperpod.agentclient.types import HelloInfo
 from hyperpod.config import Config
-from hyperpod.errors import BootError, DeadlineExceeded, HyperpodError, Unavailable
+from hyperpod.errors import BootError, DeadlineExceeded, HyperpodError
 from hyperpod.hypervisor.base import Hypervisor
 from hyperpod.hypervisor.scratch import ScratchDisks
 from hyperpod.logs import printable
 from hyperpod.model.base import now_ns
 from hyperpod.model.sandbox import SandboxConfig
+from hyperpod.sandbox.cgroup import SandboxCgroups, qemu_pid
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.sandbox.phases import Phases
 from hyperpod.shimclient.client import ShimClient
+from hyperpod.spec.cgroup import sandbox_folder
 from hyperpod.spec.domain import DomainSpec
 from hyperpod.supervisor.client import SupervisorClient
 
@@ -31,7 +33,6 @@ log = logging.getLogger(__name__)
 SHIM_TIMEOUT = 20.0
 """Seconds for a shim to listen: a fork, plus what a loaded host adds."""
 
-SHIM_RETRY = 0.01
 DESTROY_TIMEOUT = 30.0
 
 
@@ -57,6 +58,7 @@ class VmBuilder:
     ) -> None:
         self.config, self.hypervisor, self.supervisor = config, hypervisor, supervisor
         self.scratch, self.instance_id = scratch, instance_id
+        self.cgroups = SandboxCgroups()
 
     def scratch_path(self, sandbox: LiveSandbox) -> Path:
         return self.config.state_dir / "scratch" / f"{sandbox.id}.raw"
@@ -78,6 +80,7 @@ class VmBuilder:
                     failpoints.passing("sandbox.shim")
                 with phases("domain"):
                     await self.hypervisor.create(self.domain_spec(sandbox))
+                    await self.place_qemu(sandbox)
                     failpoints.passing("sandbox.domain")
                 with phases("kernel+agent"):
                     hello = await self.wait_for_agent(sandbox)
@@ -94,8 +97,20 @@ class VmBuilder:
         sandbox.directory.mkdir(mode=0o700)
         os.chown(sandbox.directory, sandbox.record.uid, sandbox.record.gid)
 
+    def cgroup(self, sandbox: LiveSandbox) -> str:
+        return sandbox_folder(sandbox.record.config.cgroup_parent, sandbox.id)
+
+    async def place_qemu(self, sandbox: LiveSandbox) -> None:
+        """Out of libvirt's cgroup into the sandbox's."""
+        pid = await asyncio.to_thread(qemu_pid, sandbox.record.domain, sandbox.record.uid)
+        if pid is None:  # it has ended again, which the wait for the agent is told
+            log.warning("sandbox %s: no process of %s found", sandbox.short, sandbox.record.domain)
+            return
+        await self.cgroups.admit(self.cgroup(sandbox), pid)
+
     async def start_shim(self, sandbox: LiveSandbox, *, resume: bool) -> None:
-        """Fork the shim and connect to it."""
+        """Fork the shim into the sandbox's cgroup and connect to it."""
+        cgroup = await self.cgroups.make(self.cgroup(sandbox))
         await self.supervisor.spawn_shim(
             sandbox_id=sandbox.id,
             directory=str(sandbox.directory),
@@ -104,17 +119,18 @@ class VmBuilder:
             cid=sandbox.record.cid,
             device=sandbox.record.vsock == "vhost-user",
             resume=resume,
+            cgroup=cgroup,
         )
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + SHIM_TIMEOUT
-        while True:
-            try:
-                await self.connect_shim(sandbox)
-                return
-            except Unavailable:
-                if loop.time() > deadline:
-                    raise
-                await asyncio.sleep(SHIM_RETRY)
+        await self.connect_shim(sandbox)
+        if resume and sandbox.record.vsock == "vhost-user":
+            await self._replug_if_lost(sandbox)
+
+    async def _replug_if_lost(self, sandbox: LiveSandbox) -> None:
+        """A new shim without its predecessor's rings (the supervisor died too): QEMU's device is replaced."""
+        assert sandbox.shim is not None
+        if (await sandbox.shim.hello()).device == "fresh":
+            log.warning("sandbox %s: the vsock device's state is lost; plugging a new one", sandbox.short)
+            await self.hypervisor.replug_vsock(sandbox.record.domain, str(sandbox.directory / "vhost.sock"))
 
     async def connect_shim(self, sandbox: LiveSandbox) -> None:
         """Connect to a running shim and tell it where its agent is. Raises Unavailable when there is none."""
@@ -190,6 +206,7 @@ class VmBuilder:
             raise DeadlineExceeded(f"VM {sandbox.record.domain} could not be destroyed") from exc
         failpoints.passing("sandbox.destroyed")
         await self.end_shim(sandbox)
+        await self.cgroups.remove(self.cgroup(sandbox), sandbox.record.domain)
         await asyncio.to_thread(shutil.rmtree, sandbox.directory, ignore_errors=True)
         await self.scratch.remove(self.scratch_path(sandbox))
 
