@@ -130,3 +130,44 @@ async def test_the_daemon_killed_at_every_step(own_daemon: Daemon) -> None:
                 await client.remove_pod(item.id)
             assert (await client.runtime.list_containers(cri.ListContainersRequest())).containers == []
         assert own_daemon.leftovers() == [], name
+
+
+async def answers(client: Cri, container: str) -> bool:
+    """Whether the container can be executed in within 30 s: shim, device and agent are reached again."""
+    for _ in range(150):
+        with contextlib.suppress(GRPCError, StreamTerminatedError, ConnectionError):
+            return (await client.exec(container, "echo", "hi")).stdout == b"hi\n"
+        await asyncio.sleep(0.2)
+    return False
+
+
+@pytest.mark.parametrize("shim_too", [False, True])
+async def test_pods_survive_the_supervisor(own_daemon: Daemon, shim_too: bool) -> None:
+    """kill -9 of the supervisor ends the daemon; with its shim dead too the VM gets a new vsock device."""
+    async with own_daemon.client() as client:
+        await client.load_busybox()
+        pod = await client.run_pod()
+        container = await client.sh(pod, COUNTER)
+    daemon_pid = own_daemon.pid()
+    own_daemon.kill_supervisor()
+    if shim_too:
+        [shim] = [p for p in own_daemon.processes() if "shim" in p and pod[:12] in p]
+        os.kill(int(shim.split()[0]), signal.SIGKILL)
+    for _ in range(100):
+        if not Path(f"/proc/{daemon_pid}").exists():
+            break
+        await asyncio.sleep(0.1)
+    own_daemon.start()
+    async with own_daemon.client() as client:
+        assert await answers(client, container)
+        before = len(await numbers(client, container))
+        for _ in range(300):
+            if len(await numbers(client, container)) > before + 5:
+                break
+            await asyncio.sleep(0.1)
+        await client.stop(container)
+        got = await numbers(client, container)
+        assert got == list(range(len(got))), "every line exactly once"
+        assert len(got) > before + 5
+        await client.remove_pod(pod)
+    assert own_daemon.leftovers() == []
