@@ -64,15 +64,16 @@ def pod(sandbox: Sandbox) -> cri.PodSandbox:
     )
 
 
-def pods(sandboxes: Iterable[Sandbox], wanted: cri.PodSandboxFilter | None) -> list[cri.PodSandbox]:
+def wanted_pods(sandboxes: Iterable[Sandbox], wanted: cri.PodSandboxFilter | None) -> list[Sandbox]:
     """All that match, the newest first."""
     wanted = wanted or cri.PodSandboxFilter()
-    items = [
-        pod(sandbox)
+    return [
+        sandbox
         for sandbox in sorted(sandboxes, key=lambda s: s.record.created_at, reverse=True)
-        if sandbox.id.startswith(wanted.id) and _matches(sandbox.record.config.labels, wanted.label_selector)
+        if sandbox.id.startswith(wanted.id)
+        and (wanted.state is None or _pod_state(sandbox) == wanted.state.state)
+        and _matches(sandbox.record.config.labels, wanted.label_selector)
     ]
-    return [item for item in items if wanted.state is None or item.state == wanted.state.state]
 
 
 def _namespaces(options: NamespaceOptions) -> cri.NamespaceOption:
@@ -147,20 +148,21 @@ def _spec(config: ContainerConfig) -> cri.ImageSpec:
     )
 
 
-def containers(items: Iterable[Container], wanted: cri.ContainerFilter | None) -> list[cri.Container]:
+def wanted_containers(items: Iterable[Container], wanted: cri.ContainerFilter | None) -> list[Container]:
     """All that match, the newest first."""
     wanted = wanted or cri.ContainerFilter()
-    found = [
-        _container(item)
+    return [
+        item
         for item in sorted(items, key=lambda c: c.record.created_at, reverse=True)
         if item.id.startswith(wanted.id)
         and item.record.sandbox_id.startswith(wanted.pod_sandbox_id)
+        and (wanted.state is None or _STATES[item.status.state] == wanted.state.state)
         and _matches(item.record.config.labels, wanted.label_selector)
     ]
-    return [item for item in found if wanted.state is None or item.state == wanted.state.state]
 
 
-def _container(container: Container) -> cri.Container:
+def container(container: Container) -> cri.Container:
+    """An item of ListContainers."""
     record = container.record
     return cri.Container(
         id=record.id,

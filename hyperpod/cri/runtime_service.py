@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 from hyperpod import __version__
 from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.config import Config
 from hyperpod.cri import convert, replies
+from hyperpod.cri.codec import ListCodec
 from hyperpod.cri.guard import guarded
 from hyperpod.cri.ports import Ports
 from hyperpod.hypervisor.base import Hypervisor
@@ -25,6 +27,8 @@ class RuntimeService(cri.RuntimeServiceBase):
 
     def __init__(self, ports: Ports, config: Config, hypervisor: Hypervisor) -> None:
         self._ports, self._config, self._hypervisor = ports, config, hypervisor
+        self._pods = ListCodec(replies.pod)
+        self._containers = ListCodec(replies.container)
 
     # -- about us -----------------------------------------------------------------------------------------
 
@@ -101,14 +105,16 @@ class RuntimeService(cri.RuntimeServiceBase):
         containers = [container.view() for container in self._ports.containers.of(sandbox.id)]
         return replies.pod_status(sandbox, containers, verbose=message.verbose)
 
-    async def list_pod_sandbox(self, message: cri.ListPodSandboxRequest) -> cri.ListPodSandboxResponse:
-        return cri.ListPodSandboxResponse(items=replies.pods(self._ports.sandboxes.all(), message.filter))
+    # The lists answer with bytes (Encoded), not with messages: Any, since the generated base knows messages only.
 
-    async def stream_pod_sandboxes(
-        self, message: cri.StreamPodSandboxesRequest
-    ) -> AsyncIterator[cri.StreamPodSandboxesResponse]:
-        for page in replies.pages(replies.pods(self._ports.sandboxes.all(), message.filter)):
-            yield cri.StreamPodSandboxesResponse(pod_sandboxes=page)
+    async def list_pod_sandbox(self, message: cri.ListPodSandboxRequest) -> Any:
+        items = self._ports.sandboxes.all()
+        return await self._pods.reply(replies.wanted_pods(items, message.filter), items)
+
+    async def stream_pod_sandboxes(self, message: cri.StreamPodSandboxesRequest) -> AsyncIterator[Any]:
+        items = self._ports.sandboxes.all()
+        for page in await self._pods.pages(replies.wanted_pods(items, message.filter), items):
+            yield page
 
     # -- containers ---------------------------------------------------------------------------------------
 
@@ -135,15 +141,14 @@ class RuntimeService(cri.RuntimeServiceBase):
         container = self._ports.containers.get(message.container_id)
         return replies.container_status(container, verbose=message.verbose)
 
-    async def list_containers(self, message: cri.ListContainersRequest) -> cri.ListContainersResponse:
-        found = replies.containers(self._ports.containers.all(), message.filter)
-        return cri.ListContainersResponse(containers=found)
+    async def list_containers(self, message: cri.ListContainersRequest) -> Any:
+        items = self._ports.containers.all()
+        return await self._containers.reply(replies.wanted_containers(items, message.filter), items)
 
-    async def stream_containers(
-        self, message: cri.StreamContainersRequest
-    ) -> AsyncIterator[cri.StreamContainersResponse]:
-        for page in replies.pages(replies.containers(self._ports.containers.all(), message.filter)):
-            yield cri.StreamContainersResponse(containers=page)
+    async def stream_containers(self, message: cri.StreamContainersRequest) -> AsyncIterator[Any]:
+        items = self._ports.containers.all()
+        for page in await self._containers.pages(replies.wanted_containers(items, message.filter), items):
+            yield page
 
     async def exec_sync(self, message: cri.ExecSyncRequest) -> cri.ExecSyncResponse:
         timeout = convert.seconds("timeout", message.timeout)

@@ -108,7 +108,7 @@ def test_pod_filters() -> None:
     items = [sandbox("a" * 64), sandbox("b" * 64, SandboxPhase.STOPPED), sandbox("c" * 64, labels={"x": "y"})]
 
     def ids(**wanted: object) -> str:
-        found = replies.pods(items, cri.PodSandboxFilter(**wanted))  # type: ignore[arg-type]
+        found = replies.wanted_pods(items, cri.PodSandboxFilter(**wanted))  # type: ignore[arg-type]
         return "".join(item.id[0] for item in found)
 
     assert ids() == "cba"
@@ -118,7 +118,7 @@ def test_pod_filters() -> None:
     assert ids(label_selector={"app": ""}) == ""
     ready = cri.PodSandboxStateValue(state=cri.PodSandboxState.SANDBOX_READY)  # zero, but present
     assert ids(state=ready) == "ca"
-    assert [item.id[0] for item in replies.pods(items, None)] == ["c", "b", "a"]
+    assert [item.id[0] for item in replies.wanted_pods(items, None)] == ["c", "b", "a"]
 
 
 def test_container_filters() -> None:
@@ -127,11 +127,11 @@ def test_container_filters() -> None:
         container(container_config(labels={"x": "y"}), "b" * 64, started_at=6),
     ]
     created = cri.ContainerStateValue(state=cri.ContainerState.CONTAINER_CREATED)
-    assert [c.id[0] for c in replies.containers(items, cri.ContainerFilter(state=created))] == ["a"]
-    assert [c.id[0] for c in replies.containers(items, cri.ContainerFilter(id="bb"))] == ["b"]
+    assert [c.id[0] for c in replies.wanted_containers(items, cri.ContainerFilter(state=created))] == ["a"]
+    assert [c.id[0] for c in replies.wanted_containers(items, cri.ContainerFilter(id="bb"))] == ["b"]
     labelled = cri.ContainerFilter(label_selector={"x": "y"}, pod_sandbox_id="ff")
-    assert [c.id[0] for c in replies.containers(items, labelled)] == ["b"]
-    assert replies.containers(items, cri.ContainerFilter(pod_sandbox_id="fe")) == []
+    assert [c.id[0] for c in replies.wanted_containers(items, labelled)] == ["b"]
+    assert replies.wanted_containers(items, cri.ContainerFilter(pod_sandbox_id="fe")) == []
 
 
 def test_the_container_status() -> None:
