@@ -17,6 +17,9 @@ TOP = "/hyperpod"
 
 SLICE = ".slice"
 _MAX_NAME = 255
+_KERNELS = ("tasks", "notify_on_release", "release_agent")
+"""Files of every v1 cgroup; so is what starts with "cgroup."."""
+
 _SLICE_NAME = re.compile(r"[A-Za-z0-9:_.\\@]+(-[A-Za-z0-9:_.\\@]+)*")
 _MOUNT_ESCAPE = re.compile(r"\\([0-7]{3})")
 _SHORT = re.compile(r"[0-9a-f]{12}")
@@ -42,6 +45,10 @@ def parent_folder(parent: str) -> str:
     for name in names:
         if name in (".", ".."):
             raise InvalidArgument(f"cgroup_parent {parent!r} has a component {name!r}")
+        if name in _KERNELS or name.startswith("cgroup."):
+            raise InvalidArgument(
+                f"cgroup_parent {parent!r} has a component {name!r}, a file of the kernel's"
+            )
         if len(name.encode()) > _MAX_NAME:
             raise InvalidArgument(
                 f"cgroup_parent {parent[:64]!r}... has a component of over {_MAX_NAME} bytes"

@@ -13,15 +13,20 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hyperpod.api.gen.runtime import v1 as cri
+from hyperpod.config import Config
+from hyperpod.cri.runtime_service import RuntimeService
 from hyperpod.errors import InvalidArgument
 from hyperpod.sandbox.cgroup import SandboxCgroups, mounted, qemu_pid
 from hyperpod.spec.cgroup import Hierarchy, sandbox_folder
 
 MOUNTED = mounted()
 USED = [h for h in MOUNTED if "devices" not in h.controllers]
+NOWHERE: Any = None
 V2 = [h for h in MOUNTED if h.unified]
 
 
@@ -163,8 +168,8 @@ async def test_a_process_that_is_gone_is_none(parent: str) -> None:
 
 
 async def test_a_file_is_no_cgroup() -> None:
-    with pytest.raises(InvalidArgument, match="cgroup.procs is not a cgroup"):
-        await SandboxCgroups().make(sandbox_folder("/cgroup.procs", new_id()))
+    with pytest.raises(InvalidArgument, match="cpu.stat is not a cgroup"):
+        await SandboxCgroups(V2).make(sandbox_folder("/cpu.stat", new_id()))
 
 
 async def test_a_host_without_cgroups_goes_without(caplog: pytest.LogCaptureFixture) -> None:
@@ -213,3 +218,15 @@ async def test_a_qemu_is_found_by_its_whole_name_and_its_user() -> None:
         assert qemu_pid(name, os.getuid()) == process.pid
         assert qemu_pid(name[:-1], os.getuid()) is None
         assert qemu_pid(name, 12345) is None
+
+
+@pytest.mark.parametrize("setting", ["auto", "cgroupfs", "systemd"])
+async def test_the_driver_that_the_kubelet_is_told(setting: str) -> None:
+    config = Config.model_validate({"cgroup_driver": setting})
+    service = RuntimeService(NOWHERE, config, NOWHERE)
+    init = Path("/proc/1/comm").read_text().strip()
+    driver = setting if setting != "auto" else "systemd" if init == "systemd" else "cgroupfs"
+    for _ in range(2):
+        linux = (await service.runtime_config(cri.RuntimeConfigRequest())).linux
+        assert linux is not None
+        assert linux.cgroup_driver is cri.CgroupDriver[driver.upper()]

@@ -39,7 +39,20 @@ def test_places(parent: str, folder: str) -> None:
 
 @pytest.mark.parametrize(
     "parent",
-    ["..", "../x", "/a/../b", "/a/..", "a/./b", "/a\nb", "/a\x7f", "/" + "x" * 256, "/" + "é" * 128, *SLICES],
+    [
+        "..",
+        "../x",
+        "/a/../b",
+        "/a/..",
+        "a/./b",
+        "/a\nb",
+        "/a\x7f",
+        "/" + "x" * 256,
+        "/" + "é" * 128,
+        "/a/cgroup.procs",
+        "tasks/b",
+        *SLICES,
+    ],
 )
 def test_what_names_no_cgroup_is_refused(parent: str) -> None:
     with pytest.raises(InvalidArgument, match="cgroup_parent"):
