@@ -40,6 +40,10 @@ holds a worker, and must still be destroyable."""
 CALL_TIMEOUT = 60.0
 """Seconds; libvirt's own bounds (30 s for a job on a domain, 5 s for an unplug) end before it."""
 
+KEEPALIVE_SECONDS = 5
+KEEPALIVE_COUNT = 3
+"""A libvirtd that answers none of so many questions, so far apart, is lost."""
+
 QEMU_CONF = """\
 stdio_handler = "file"
 security_driver = "none"
@@ -151,9 +155,13 @@ class Connection:
         self._subscription = conn.domainEventRegisterAny(
             None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, self._lifecycle, None
         )
-        if self.root is None:
+        try:
             conn.registerCloseCallback(self._lost, None)
-            conn.setKeepAlive(5, 3)
+            conn.setKeepAlive(KEEPALIVE_SECONDS, KEEPALIVE_COUNT)
+        except libvirt.libvirtError as exc:
+            # A driver inside this process cannot be lost, and has neither.
+            if exc.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
+                raise
         self._conn = conn
 
     def _live(self) -> Any:
@@ -205,8 +213,6 @@ class Connection:
                 conn, self._conn = self._conn, None
                 if conn is not None and conn.isAlive():
                     conn.domainEventDeregisterAny(self._subscription)
-                    if self.root is None:
-                        conn.unregisterCloseCallback()
                     conn.close()
 
         try:

@@ -197,7 +197,12 @@ class LibvirtHypervisor:
                     await asyncio.wait([starting], timeout=0.2)
         except TimeoutError as exc:
             raise DeadlineExceeded(f"destroying {name} took longer than {DESTROY_TIMEOUT:.0f} s") from exc
-        await asyncio.to_thread((self._logs / f"{name}.log").unlink, missing_ok=True)
+        await asyncio.to_thread(self._clean, name)
+
+    def _clean(self, name: str) -> None:
+        """What libvirt leaves of a domain that is gone."""
+        (self._logs / f"{name}.log").unlink(missing_ok=True)
+        orphans.remove_cgroups(name)
 
     async def _destroy(self, name: str) -> None:
         try:

@@ -23,8 +23,6 @@ DEATH_TIMEOUT_MS = 5000
 SHORT_NAME = 20
 """libvirt cuts a domain's name to this many characters in the names of its files (virDomainDefGetShortName)."""
 
-CGROUP_SUFFIX = ".libvirt-qemu"
-
 
 @dataclass(frozen=True)
 class Orphan:
@@ -33,7 +31,6 @@ class Orphan:
     pid: int
     domain: str
     files: tuple[Path, ...] = ()
-    cgroups: tuple[Path, ...] = ()
 
 
 def find(root: Path, known: set[str]) -> list[Orphan]:
@@ -52,7 +49,7 @@ def _emulators(root: Path, known: set[str]) -> list[Orphan]:
             continue
         name = _guest(argv)
         if name and name not in known and any(mark in arg for arg in argv):
-            found.append(Orphan(int(entry), name, tuple(_files(root, name)), tuple(_cgroups(int(entry)))))
+            found.append(Orphan(int(entry), name, tuple(_files(root, name))))
     return found
 
 
@@ -66,21 +63,6 @@ def _files(root: Path, name: str) -> list[Path]:
         *(root / "run" / "qemu").glob(f"{name}.*"),
         root / "log" / "qemu" / f"{name}.log",
     ]
-
-
-def _cgroups(pid: int) -> list[Path]:
-    """The folders of libvirt's cgroup of a process, of every hierarchy."""
-    found = set()
-    with contextlib.suppress(OSError):
-        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
-        mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
-        for line in lines:
-            parts = Path(line.split(":", 2)[2].lstrip("/")).parts
-            depth = next((n for n, part in enumerate(parts) if part.endswith(CGROUP_SUFFIX)), None)
-            if depth is not None:
-                inner = Path(*parts[: depth + 1])
-                found |= {Path(m, inner) for m, kind in mounts if kind.startswith("cgroup")}
-    return [path for path in sorted(found) if path.is_dir()]
 
 
 def _file_servers(root: Path, known: set[str]) -> list[Orphan]:
@@ -124,17 +106,27 @@ def sweep(root: Path, known: set[str]) -> list[Orphan]:
                 shutil.rmtree(file, ignore_errors=True)
             else:
                 file.unlink(missing_ok=True)
-        for group in orphan.cgroups:
-            _remove_cgroup(group)
+        remove_cgroups(orphan.domain)
     return orphans
 
 
-def _remove_cgroup(group: Path) -> None:
-    for folder, _, _ in os.walk(group, topdown=False):
-        try:
-            Path(folder).rmdir()
-        except OSError as exc:
-            log.warning("cgroup %s stays: %s", folder, exc.strerror)
+def remove_cgroups(name: str) -> None:
+    """Remove what is left of the cgroups that libvirt made for a domain without a process.
+
+    When a QEMU dies while no libvirt watches, libvirt 9.0 forgets the domain and leaves its cgroup folders.
+    """
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, mount, kind, *_ = line.split()
+        if not kind.startswith("cgroup"):
+            continue
+        for group in Path(mount, "machine").glob(f"qemu-*-{name}.libvirt-qemu"):
+            for folder, _, _ in os.walk(group, topdown=False):
+                try:
+                    Path(folder).rmdir()
+                except FileNotFoundError:
+                    pass
+                except OSError as exc:
+                    log.warning("cgroup %s stays: %s", folder, exc.strerror)
 
 
 def _kill(orphan: Orphan, root: Path, known: set[str]) -> None:

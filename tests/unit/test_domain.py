@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperpod.errors import InvalidArgument
-from hyperpod.spec.domain import NAMESPACE, QEMU_NAMESPACE, Disk, DomainSpec, disk_xml, domain_xml
+from hyperpod.spec.domain import NAMESPACE, QEMU_NAMESPACE, ROOT_PORTS, Disk, DomainSpec, disk_xml, domain_xml
 
 SPEC = DomainSpec(
     name="hp-abc",
@@ -112,3 +112,41 @@ def test_layer_disks_have_explicit_addresses(unit: int, name: str) -> None:
     assert target is not None
     assert (address.get("controller"), address.get("unit"), target.get("dev")) == ("0", str(unit), name)
     assert root.find("readonly") is not None
+
+
+def test_a_disks_name_is_unique_over_targets() -> None:
+    names = set()
+    for target in range(4):
+        for unit in range(256):
+            xml = disk_xml(Disk(serial="s", path="/l", readonly=True, target=target, unit=unit))
+            found = ET.fromstring(xml).find("target")
+            assert found is not None
+            names.add(found.get("dev"))
+    assert len(names) == 4 * 256
+    with pytest.raises(InvalidArgument, match="256"):
+        disk_xml(Disk(serial="s", path="/l", readonly=True, target=0, unit=256))
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a,b", "../x", "-x", "x" * 64, "a\n", "ä"])
+def test_a_name_becomes_part_of_file_names_and_options(name: str) -> None:
+    with pytest.raises(InvalidArgument, match="no name for a domain"):
+        domain_xml(replace(SPEC, name=name))
+
+
+def test_ports_wait_for_devices_to_come() -> None:
+    root = parsed(SPEC)
+    ports = root.findall("devices/controller[@model='pcie-root-port']")
+    assert len(ports) == ROOT_PORTS
+    assert [p.get("index") for p in ports] == [str(n) for n in range(1, ROOT_PORTS + 1)]
+    scsi = root.findall("devices/controller[@type='scsi']")
+    assert [(c.get("index"), c.get("model")) for c in scsi] == [("0", "virtio-scsi")]
+
+
+def test_what_a_guest_does_not_get() -> None:
+    root = parsed(SPEC)
+    for tag in ("graphics", "video", "hostdev", "filesystem", "interface", "channel", "tpm"):
+        assert root.find(f"devices/{tag}") is None, tag
+    assert root.find("devices/controller[@type='usb'][@model='none']") is not None
+    memory = root.find("memory")
+    assert memory is not None
+    assert memory.get("dumpCore") == "off"

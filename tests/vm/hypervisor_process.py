@@ -1,7 +1,8 @@
 """A process that owns a LibvirtHypervisor, and its parent: what daemon and supervisor are in production.
 
-The parent is the subreaper (libvirt waits until a QEMU's pid has vanished) and starts the owner again when a
-signal killed it. The owner takes commands as JSON lines on stdin and answers, and tells events, on stdout.
+`parent COMMAND...` is the subreaper (libvirt waits until a QEMU's pid has vanished) and starts the command again
+when a signal killed it. `owner` is such a command: it takes commands as JSON lines on stdin and answers, and tells
+events, on stdout.
 """
 
 from __future__ import annotations
@@ -28,19 +29,15 @@ def prctl(option: int, value: int) -> None:
 
 
 def parent(argv: list[str]) -> int:
-    """Reaps everything; ends when the owner has exited by itself."""
+    """Reaps everything; ends when the command has exited by itself."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-
-    def start() -> int:
-        return subprocess.Popen([sys.executable, "-m", __spec__.name, "owner", *argv]).pid
-
-    owner = start()
+    child = subprocess.Popen(argv).pid
     while True:
         pid, status = os.wait()
-        if pid == owner:
+        if pid == child:
             if not os.WIFSIGNALED(status):
                 return os.waitstatus_to_exitcode(status)
-            owner = start()
+            child = subprocess.Popen(argv).pid
 
 
 class Owner:

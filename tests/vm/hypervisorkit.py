@@ -14,9 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hyperpod.hypervisor.connection import QEMU_CONF
 from hyperpod.spec.domain import DomainSpec
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+PROCESS = (sys.executable, "-m", "tests.vm.hypervisor_process")
 BOOT = 60.0
 """Seconds for a guest to answer on a loaded host."""
 
@@ -136,7 +138,7 @@ class Owner:
         log = (self.run_dir / "owner.log").open("ab")
         with log:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "tests.vm.hypervisor_process", "parent", *self._argv, cwd=ROOT,
+                *PROCESS, "parent", *PROCESS, "owner", *self._argv, cwd=ROOT,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
                 env={**os.environ, "PYTHONPATH": str(ROOT)},
             )  # fmt: skip
@@ -194,6 +196,14 @@ class Owner:
         assert "error" not in reply, reply
         return reply["result"]
 
+    async def patient(self, op: str, **arguments: Any) -> Any:
+        """As `call`, again and again while libvirt is away."""
+        async with asyncio.timeout(BOOT):
+            while (reply := await self.raw(op, **arguments)).get("error") == "Unavailable":
+                await asyncio.sleep(0.05)
+        assert "error" not in reply, reply
+        return reply["result"]
+
     async def create(self, spec: DomainSpec) -> None:
         await self.call("create", spec=asdict(spec))
 
@@ -209,6 +219,56 @@ class Owner:
         pid, self.ready = self.ready["ready"], {}
         os.kill(pid, signal.SIGKILL)
         await self._until(lambda: bool(self.ready), "opening again")
+
+
+class Libvirtd:
+    """A libvirtd in a mount namespace of its own, over folders below `base`; a killed one is started again."""
+
+    FOLDERS = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/run/libvirt")
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.uri = f"qemu+unix:///system?socket={base / 'run' / 'libvirt-sock'}"
+
+    async def __aenter__(self) -> Libvirtd:
+        script = ["set -e"]
+        self._made = [folder for folder in self.FOLDERS if not Path(folder).exists()]
+        for folder, name in zip(self.FOLDERS, ("etc", "lib", "cache", "log", "run"), strict=True):
+            Path(folder).mkdir(exist_ok=True)
+            (self.base / name).mkdir(parents=True)
+            script.append(f"mount --bind {self.base / name} {folder}")
+        (self.base / "etc" / "qemu.conf").write_text(QEMU_CONF)
+        (self.base / "etc" / "libvirtd.conf").write_text('auth_unix_rw = "none"\n')
+        script.append("exec libvirtd --config /etc/libvirt/libvirtd.conf")
+        with (self.base / "libvirtd.log").open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *PROCESS, "parent", "unshare", "--mount", "sh", "-c", "\n".join(script), cwd=ROOT,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        await self._listens(0)
+        return self
+
+    async def _listens(self, inode: int) -> None:
+        sock = self.base / "run" / "libvirt-sock"
+        async with asyncio.timeout(BOOT):
+            while not sock.exists() or sock.stat().st_ino == inode:
+                await asyncio.sleep(0.02)
+
+    def pid(self) -> int:
+        parent = self._process.pid
+        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        return next(int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text() == "libvirtd\n")
+
+    async def kill(self) -> None:
+        """kill -9; its successor comes by itself."""
+        os.kill(self.pid(), signal.SIGKILL)
+
+    async def __aexit__(self, *_: object) -> None:
+        os.kill(self.pid(), signal.SIGTERM)
+        async with asyncio.timeout(BOOT):
+            await self._process.wait()
+        for folder in self._made:
+            Path(folder).rmdir()
 
 
 def processes(mark: str) -> dict[int, str]:

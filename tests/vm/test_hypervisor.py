@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
 import shutil
 import signal
+import socket
+import sys
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -19,7 +22,7 @@ import pytest
 from hyperpod.hypervisor.scratch import ScratchDisks
 from hyperpod.spec.domain import Disk, DomainSpec
 from tests.daemonkit import artifact
-from tests.vm.hypervisorkit import Console, Owner, emulator, leftovers, make_guest, processes
+from tests.vm.hypervisorkit import BOOT, Console, Libvirtd, Owner, emulator, leftovers, make_guest, processes
 
 pytestmark = pytest.mark.vm
 
@@ -216,6 +219,16 @@ async def test_the_successor_of_a_killed_owner_adopts(
     assert (await owner.event("stopped"))["sandbox_id"] == spec.sandbox_id
 
 
+async def test_a_qemu_that_died_while_nobody_looked(owner: Owner, spec: DomainSpec, console: Console) -> None:
+    await owner.create(spec)
+    await console.wait("guest-is-up")
+    os.kill(owner.ready["ready"], signal.SIGSTOP)
+    os.kill(emulator(spec.name), signal.SIGKILL)
+    await owner.kill()
+    assert [info for info in await owner.call("list") if info["running"]] == []
+    await owner.call("destroy", name=spec.name)
+
+
 async def test_another_instances_domain_is_not_ours(owner: Owner, spec: DomainSpec, console: Console) -> None:
     await owner.create(replace(spec, instance_id="somebody-else"))
     await console.wait("guest-is-up")
@@ -285,3 +298,78 @@ async def test_a_qemu_without_its_status_file_is_swept(
     assert processes(f"-name guest={spec.name},") == {}
     assert await owner.call("list") == []
     await owner.call("destroy", name=spec.name)
+
+
+@contextlib.asynccontextmanager
+async def vsock_device(folder: Path) -> AsyncIterator[None]:
+    """A device in a process of the sandbox's user, killed at the end; entered when it listens."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(BOOT)
+    (folder / "vhost.sock").unlink(missing_ok=True)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.component.vsock_device_process", str(folder), str(theirs.fileno()),
+        pass_fds=[theirs.fileno()], user=UID, group=UID, extra_groups=[],
+    )  # fmt: skip
+    theirs.close()
+    try:
+        async with asyncio.timeout(BOOT):
+            while not (folder / "vhost.sock").exists():
+                await asyncio.sleep(0.02)
+            yield
+            # A state with the guest's memory and rings in it says that the guest's driver runs on this device.
+            while len(await asyncio.to_thread(receive, ours)) < 3:
+                pass
+    finally:
+        process.kill()
+        await process.wait()
+        ours.close()
+
+
+def receive(sock: socket.socket) -> list[int]:
+    """How many descriptors came with the next state; they are closed."""
+    _, fds, _, _ = socket.recv_fds(sock, 65536, 32)
+    for fd in fds:
+        os.close(fd)
+    return fds
+
+
+async def test_a_vsock_device_whose_back_end_died_is_replaced(
+    owner: Owner, spec: DomainSpec, console: Console
+) -> None:
+    folder = console.path.parent
+    spec = replace(spec, vsock_socket=str(folder / "vhost.sock"))
+    async with vsock_device(folder):
+        await owner.create(spec)
+        await console.wait("guest-is-up")
+        assert "0x0013" in await console.ask("vsock")
+    async with vsock_device(folder):
+        await owner.call("replug", name=spec.name, path=spec.vsock_socket)
+        await console.ask_for("vsock", "0x0013")
+    await owner.call("destroy", name=spec.name)
+
+
+async def test_a_libvirtd_that_goes_away_and_comes_back(
+    place: Place, spec: DomainSpec, console: Console
+) -> None:
+    async with (
+        Libvirtd(place.run_dir / "system") as libvirtd,
+        Owner(place.run_dir, uri=libvirtd.uri) as owner,
+    ):
+        await owner.create(spec)
+        await owner.event("started")
+        await console.wait("guest-is-up")
+        await libvirtd.kill()
+        (info,) = await owner.patient("list")
+        assert (info["name"], info["running"], info["ours"]) == (spec.name, True, True)
+        disk = Disk(serial="c" * 32, path=str(place.guest), readonly=True, target=0, unit=1)
+        await owner.call("attach", name=spec.name, disk=asdict(disk))
+        await console.ask_for("disks", disk.serial)
+        # It dies while nobody can tell: that comes out when libvirt is back, without a question of ours.
+        pid = emulator(spec.name)
+        libvirtd_pid = libvirtd.pid()
+        os.kill(libvirtd_pid, signal.SIGSTOP)
+        os.kill(pid, signal.SIGKILL)
+        os.kill(libvirtd_pid, signal.SIGKILL)
+        assert (await owner.event("stopped"))["sandbox_id"] == spec.sandbox_id
+        assert await owner.patient("list") == []
+        await owner.call("destroy", name=spec.name)
