@@ -1,0 +1,55 @@
+"""`python -m tests.perf [--quick]`: the budgets, measured in one run. A report: a missed budget is no failure."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+
+from tests.daemonkit import daemon
+from tests.perf import many, output
+from tests.perf.bare import BareBoot
+from tests.perf.pods import Pods
+from tests.perf.report import Figure, progress, table
+
+POD_MEMORY_MIB = 256
+"""What the test kit's daemon gives a pod without limits: 96 + 160."""
+
+
+async def measure(quick: bool) -> tuple[list[Figure], list[list[str]], str]:
+    bare = BareBoot(POD_MEMORY_MIB)
+    progress("starting a daemon")
+    with daemon() as one:
+        async with one.client() as client:
+            await client.load_busybox()
+            pods = Pods(one, client, bare)
+            await pods.run(2 if quick else 5)
+            progress(f"a daemon with {many.SANDBOXES} sandboxes, then with {many.CONTAINERS} containers")
+            await many.make_one(one, client)
+        figures = pods.figures()
+        one.stop()
+        originals = many.kept(one)
+        many.copy(one, originals, 1)
+        one.start()
+        figures.append(await many.memory(one))
+        one.stop()
+        many.copy(one, originals, many.CONTAINERS // many.SANDBOXES)
+        one.start()
+        figures += await many.lists(one, 10 if quick else 50)
+    progress("container output to log")
+    figures += await output.figures(20 if quick else 100, 2 if quick else 3)
+    return figures, pods.times(), bare.versions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tests.perf", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller rounds")
+    figures, times, versions = asyncio.run(measure(parser.parse_args().quick))
+    print(f"{os.cpu_count()} CPUs, emulated (TCG), {versions}\n")
+    print(table(("budget", "measured", "allowed", "share", "", ""), [figure.row() for figure in figures]))
+    print()
+    print(table(("call or phase", "median s", "range"), times))
+
+
+if __name__ == "__main__":
+    main()
