@@ -8,11 +8,19 @@ import sys
 FORMAT = "%(asctime)s.%(msecs)03d %(levelname).1s %(name)s: %(message)s"
 
 
+class _OneLine(logging.Formatter):
+    """A message is one line, whatever text of a guest or an image it quotes: none may look like another event."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the name that logging calls
+        record.message = record.message.replace("\n", "\\n")
+        return super().formatMessage(record)
+
+
 def setup(level: str = "info", process: str = "") -> None:
     """Route all logging of this process to stderr; `process` is put before each line's logger name."""
     fmt = FORMAT.replace("%(name)s", f"{process} %(name)s") if process else FORMAT
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(fmt, datefmt="%Y-%m-%dT%H:%M:%S"))
+    handler.setFormatter(_OneLine(fmt, datefmt="%Y-%m-%dT%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, StreamTerminatedError
 from grpclib.exceptions import ProtocolError as GrpcProtocolError
+from h2.exceptions import H2Error
 
 from hyperpod.agentclient.channel import AgentChannel
 from hyperpod.agentclient.types import AgentContainerState, ContainerInfo, ExitEvent, HelloInfo, Layer
@@ -219,7 +220,7 @@ def _mapped(what: str) -> Iterator[None]:
         raise DeadlineExceeded(f"the agent did not answer {what} in time") from exc
     except (StreamTerminatedError, OSError) as exc:
         raise Unavailable(f"the connection to the agent broke during {what}: {exc!s:.200}") from exc
-    except (GrpcProtocolError, AssertionError, KeyError, ValueError) as exc:
+    except (GrpcProtocolError, H2Error, AssertionError, KeyError, ValueError) as exc:
         raise GuestError(f"the agent's answer to {what} is malformed: {printable(repr(exc), 200)}") from exc
 
 

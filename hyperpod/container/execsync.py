@@ -64,7 +64,9 @@ class ExecRunner:
                     container.id, exec_id, tty=False, limit=LIMIT, fd=theirs.fileno()
                 )
             collector = self._containers.owner.spawn(f"collect/{exec_id}", _read(ours))
-            code = await self._wait(agent, container.id, exec_id, timeout, argv)
+            code = await self._wait(
+                agent, container.id, exec_id, timeout=timeout, argv=argv, collector=collector
+            )
             stdout, stderr = await self._drain(agent, container.id, exec_id, collector)
             return ExecResult(stdout=stdout, stderr=stderr, exit_code=code)
         finally:
@@ -77,13 +79,28 @@ class ExecRunner:
 
     @staticmethod
     async def _wait(
-        agent: AgentClient, container: str, exec_id: str, timeout: int, argv: tuple[str, ...]
+        agent: AgentClient,
+        container: str,
+        exec_id: str,
+        *,
+        timeout: int,
+        argv: tuple[str, ...],
+        collector: asyncio.Task[tuple[bytes, bytes]],
     ) -> int:
+        """The exit code. A command whose output cannot be given back is killed at once: it might never end."""
+        end = asyncio.ensure_future(agent.wait_exec(container, exec_id, timeout=timeout or None))
         try:
-            return await agent.wait_exec(container, exec_id, timeout=timeout or None)
+            await asyncio.wait({end, collector}, return_when=asyncio.FIRST_COMPLETED)
+            if not end.done() and collector.exception() is not None:
+                await agent.kill_exec(container, exec_id)
+                collector.result()
+            return await end
         except DeadlineExceeded as exc:
             await agent.kill_exec(container, exec_id)
             raise DeadlineExceeded(f"{argv[0][:100]!r} ran longer than {timeout} s and was killed") from exc
+        finally:
+            end.cancel()
+            await asyncio.gather(end, return_exceptions=True)
 
     @staticmethod
     async def _drain(

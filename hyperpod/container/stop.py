@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -14,7 +15,7 @@ from hyperpod.sandbox.manager import SandboxManager
 log = logging.getLogger(__name__)
 
 AFTER_KILL = 20.0
-"""Seconds after SIGKILL until the guest counts as dead and its VM is stopped."""
+"""Seconds for SIGKILL to be delivered and to work, until the guest counts as dead and its VM is stopped."""
 
 SIGKILL = 9
 
@@ -33,15 +34,21 @@ class Stopper:
             container.stop_at = deadline
             container.stop_moved.set()
         if timeout > 0:
-            await self._signal(container, signals.number(container.record.stop_signal), everyone=False)
+            with contextlib.suppress(
+                TimeoutError
+            ):  # a guest that does not take it has its grace all the same
+                async with asyncio.timeout_at(deadline):
+                    await self._signal(
+                        container, signals.number(container.record.stop_signal), everyone=False
+                    )
         while not container.exited.is_set() and (left := container.stop_at - loop.time()) > 0:
             container.stop_moved.clear()
             await self._first_of(container.exited, container.stop_moved, left)
         if container.exited.is_set():
             return
-        await self._signal(container, SIGKILL, everyone=True)
         try:
             async with asyncio.timeout(AFTER_KILL):
+                await self._signal(container, SIGKILL, everyone=True)
                 await container.exited.wait()
         except TimeoutError:
             await self._unresponsive(container.sandbox_id)

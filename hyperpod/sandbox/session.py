@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 
 from hyperpod.agentclient.client import AgentClient
 from hyperpod.agentclient.types import ContainerInfo
-from hyperpod.errors import DeadlineExceeded, HyperpodError, Unavailable
+from hyperpod.errors import DeadlineExceeded, FailedPrecondition, HyperpodError, Unavailable
 from hyperpod.vsock.dial import Endpoint
 
 log = logging.getLogger(__name__)
 
 RETRY_MIN, RETRY_MAX = 0.02, 1.0
 """Seconds between attempts to reach an agent; doubled each time."""
+
+
+STEADY = 10.0
+"""Seconds that a connection lasts until the next interruption counts as the first one again."""
 
 
 class AgentSession:
@@ -60,23 +65,39 @@ class AgentSession:
         on_connected: Callable[[AgentClient], Awaitable[None]],
     ) -> None:
         """Read exit events for ever; reconnect when the connection breaks. Ends by cancellation only."""
+        loop, delay, missed = asyncio.get_running_loop(), RETRY_MIN, False
         while True:
             client = await self.client(timeout=3600)
+            began = loop.time()
             try:
                 async for event in client.events(self._seq):
                     self._seq = event.seq
                     await on_exit(event.exited)
+            except FailedPrecondition as exc:
+                log.warning("sandbox %s: exits were missed: %s", self.sandbox_id[:12], exc)
+                missed = True
             except HyperpodError as exc:
                 log.info("sandbox %s: agent connection lost: %s", self.sandbox_id[:12], exc)
             self._ready.clear()
             await client.close()
+            if loop.time() - began > STEADY:
+                delay = RETRY_MIN
             while True:
+                # An agent that answers nonsense at once must not keep the loop busy either.
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, RETRY_MAX)
                 try:
-                    fresh = await self.connect(asyncio.get_running_loop().time() + 60, claim=False)
+                    fresh = await self.connect(loop.time() + 60, claim=False)
+                    if missed:  # the list of containers, asked for next, tells what the events do not
+                        greeting = await fresh.hello(
+                            host_time_ns=time.time_ns(), entropy=b"", hostname="", sysctls={}
+                        )
+                        self._seq, missed = greeting.event_seq, False
                     await on_connected(fresh)
                     break
                 except HyperpodError as exc:
                     log.warning("sandbox %s: %s", self.sandbox_id[:12], exc)
+                    await self.close()
 
     async def close(self) -> None:
         self._ready.clear()
