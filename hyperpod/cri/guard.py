@@ -12,6 +12,7 @@ from betterproto2.grpclib import ServiceBase
 from hyperpod.cri import wellformed
 from hyperpod.cri.refusal import refuse
 from hyperpod.errors import Unsupported
+from hyperpod.rpc.interceptor import about
 
 S = TypeVar("S", bound=type[ServiceBase])
 
@@ -37,7 +38,18 @@ def _check(name: str, own: Any, message: Any) -> None:
         rpc = "".join(part.capitalize() for part in name.split("_"))
         raise Unsupported(f"{rpc} is not built yet")
     wellformed.check(message)
+    about(_subject(message))
     refuse(message)
+
+
+def _subject(message: Any) -> str:
+    """The id that a request is about, else the name in its configuration, else its image."""
+    if ident := getattr(message, "container_id", "") or getattr(message, "pod_sandbox_id", ""):
+        return str(ident[:12])
+    if (metadata := getattr(getattr(message, "config", None), "metadata", None)) is not None:
+        return "/".join(part for part in (getattr(metadata, "namespace", ""), metadata.name) if part)
+    image = getattr(message, "image", None)
+    return "" if image is None else str(image.image)
 
 
 def _unary(name: str, own: Any) -> Any:

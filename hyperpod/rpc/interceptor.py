@@ -63,6 +63,10 @@ def about(subject: str) -> None:
     _subject.set(" " + printable(subject, 100) if subject else "")
 
 
+def _line(text: str) -> str:
+    return text.replace("\n", "\\n")
+
+
 def to_grpc(exc: BaseException) -> GRPCError | None:
     """The status of a known error, searched in groups too; None for what nobody foresaw."""
     if isinstance(exc, GRPCError):
@@ -87,7 +91,8 @@ def guarded(name: str, handler: Handler, closing: Callable[[], bool]) -> Handler
 
         def end(level: int, outcome: str) -> None:
             seconds = time.monotonic() - start
-            log.log(level, "%s #%d%s: %s in %.3f s", short, number, _subject.get(), outcome, seconds)
+            text = _line(f"{_subject.get()}: {outcome}")
+            log.log(level, "%s #%d%s in %.3f s", short, number, text, seconds)
 
         try:
             await handler(stream)

@@ -84,6 +84,11 @@ class _Walk:
     def fail(self, at: int, what: str) -> NoReturn:
         raise InvalidArgument(f"{self.name} does not parse: {what} at byte {at}")
 
+    def count(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise ResourceExhausted(f"{self.name} has more than {FIELD_LIMIT} fields")
+
     def message(self, at: int, end: int, kind: type[betterproto2.Message] | _Map, where: str) -> None:
         table = _table(kind)
         while at < end:
@@ -98,6 +103,8 @@ class _Walk:
             first, at = self.extent(at, end, wire_type)
             if (field := table.get(number)) is not None:
                 self.value(field, wire_type, first, at, f"{where}.{field.name}" if where else field.name)
+            elif isinstance(kind, _Map):
+                self.fail(start, f"{where} has an entry with field {number}")
 
     def value(self, field: _Field, wire_type: int, first: int, at: int, where: str) -> None:
         if wire_type != field.wire_type and not (field.packable and wire_type == _DELIMITED):
@@ -111,7 +118,7 @@ class _Walk:
                 self.fail(first, f"{where} is not UTF-8")
         elif field.packable and wire_type == _DELIMITED:
             while first < at:
-                self.left -= 1
+                self.count()
                 _, first = self.extent(first, at, field.wire_type)
 
     def extent(self, at: int, end: int, wire_type: int) -> tuple[int, int]:

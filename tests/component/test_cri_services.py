@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from hyperpod.rpc.server import RpcServer
 from tests import imagekit as kit
 from tests.component.imagestore import opened, passable_folder
 
+WINDOWS = cri.WindowsPodSandboxConfig()
 NOWHERE = cast(Any, None)
 """In place of the managers that need VMs: no call of these tests may reach them."""
 
@@ -148,3 +150,25 @@ async def test_refusals_come_before_any_work(client: Client) -> None:
         await client.runtime.port_forward(cri.PortForwardRequest())
     async with refused(Status.UNIMPLEMENTED, "GetContainerEvents is not built yet"):
         _ = [event async for event in client.runtime.get_container_events(cri.GetEventsRequest())]
+
+
+async def test_the_log_says_what_a_call_is_about_and_no_secret(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    pod = cri.PodSandboxConfig(
+        metadata=cri.PodSandboxMetadata(name="web", uid="u", namespace="shop"), windows=WINDOWS
+    )
+    async with refused(Status.UNIMPLEMENTED, "config.windows is set"):
+        await client.runtime.run_pod_sandbox(cri.RunPodSandboxRequest(config=pod))
+    mounts = cri.ContainerConfig(metadata=cri.ContainerMetadata(name="main"), mounts=[cri.Mount()])
+    async with refused(Status.UNIMPLEMENTED, "config.mounts is set"):
+        await client.runtime.create_container(cri.CreateContainerRequest(config=mounts))
+    auth = cri.AuthConfig(username="u", password="p4ssw0rd", registry_token="t0ken")
+    image = cri.ImageSpec(image="box:1", runtime_handler="runc")
+    async with refused(Status.INVALID_ARGUMENT, "image.runtime_handler is 'runc'"):
+        await client.images.pull_image(cri.PullImageRequest(image=image, auth=auth))
+    ends = [r.message for r in caplog.records if r.name == "hyperpod.rpc" and " in " in r.message]
+    named = [" ".join(line.split("#")[1].split()[1:3]) for line in ends]
+    assert named == ["shop/web: UNIMPLEMENTED", "main: UNIMPLEMENTED", "box:1: INVALID_ARGUMENT"]
+    assert "p4ssw0rd" not in caplog.text and "t0ken" not in caplog.text

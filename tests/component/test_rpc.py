@@ -266,6 +266,7 @@ async def test_one_start_and_one_end_line_per_call(caplog: pytest.LogCaptureFixt
     async with server() as (_, _, path), channel(path) as made:
         await call(made, "Version")
         await call(made, "StartContainer", request("abc"))
+        await call(made, "StartContainer", request("a\nforged line"))
         await code(made, "StartContainer", request("missing"))
         await code(made, "StartContainer", request("key"))
     lines = [(r.levelname, r.message.partition("#")) for r in caplog.records if r.name == "hyperpod.rpc"]
@@ -278,6 +279,8 @@ async def test_one_start_and_one_end_line_per_call(caplog: pytest.LogCaptureFixt
         ("DEBUG", "Version", "OK"),
         ("INFO", "StartContainer", ""),
         ("INFO", "StartContainer", "abc: OK"),
+        ("INFO", "StartContainer", ""),
+        ("INFO", "StartContainer", "a\\nforged line: OK"),
         ("INFO", "StartContainer", ""),
         ("INFO", "StartContainer", "missing: NOT_FOUND (no container 'missing': \\xe2\\x98\\x83 100%)"),
         ("INFO", "StartContainer", ""),

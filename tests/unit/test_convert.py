@@ -21,6 +21,7 @@ from hyperpod.errors import HyperpodError, InvalidArgument, Unsupported
 from hyperpod.model.container import Container, ContainerRecord, ContainerStatus
 from hyperpod.model.images import Image, ImageConfig
 from hyperpod.model.sandbox import Artifact, Sandbox, SandboxPhase, SandboxRecord, SandboxStatus, VmSize
+from hyperpod.rpc import strict
 
 M = TypeVar("M", bound=Message)
 IMAGE_ID = "sha256:" + "a" * 64
@@ -279,10 +280,8 @@ def _full_requests() -> list[bytes]:
 
 
 def _parse(kind: type[M], raw: bytes) -> M:
-    try:
-        return kind.parse(raw)
-    except Exception as exc:
-        raise InvalidArgument("does not parse") from exc
+    strict.check(raw, kind)
+    return kind.parse(raw)
 
 
 def _accept(kind: int, raw: bytes) -> object:
