@@ -65,6 +65,8 @@ class ContainerManager:
         self.index: IdIndex[LiveContainer] = IdIndex("container")
         self._names: dict[tuple[str, str, int], str] = {}
         self._operations = Operations(owner)
+        self._deaf: set[str] = set()
+        """Sandboxes whose guest let SIGKILL pass: asking it again would be time lost."""
         self._stopper = Stopper(sandboxes, self.vm_unresponsive)
 
     # -- queries ------------------------------------------------------------------------------------------
@@ -73,8 +75,9 @@ class ContainerManager:
         """By id or unique prefix. Raises NotFound."""
         return self.index.get(ident).view()
 
-    def all(self) -> list[Container]:
-        return [c.view() for c in self.index.values()]
+    def all(self) -> list[LiveContainer]:
+        """To be read only. No views: of a thousand containers, once a second, they cost the loop milliseconds."""
+        return self.index.values()
 
     def of(self, sandbox_id: str) -> list[LiveContainer]:
         return [c for c in self.index.values() if c.sandbox_id == sandbox_id]
@@ -249,6 +252,7 @@ class ContainerManager:
     async def vm_unresponsive(self, sandbox_id: str) -> None:
         """The guest does not even deliver SIGKILL: the VM itself is stopped."""
         log.error("sandbox %s: its guest does not react; stopping the VM", sandbox_id[:12])
+        self._deaf.add(sandbox_id)
         await self.sandboxes.stop(sandbox_id)
 
     async def remove(self, ident: str) -> None:
@@ -315,7 +319,7 @@ class ContainerManager:
 
     async def sandbox_stopping(self, sandbox: LiveSandbox) -> None:
         running = [c for c in self.of(sandbox.id) if c.state is ContainerState.RUNNING]
-        if not running:
+        if not running or sandbox.id in self._deaf:
             return
         try:
             async with asyncio.timeout(KILL_ALL):
@@ -326,6 +330,7 @@ class ContainerManager:
             log.warning("sandbox %s: containers outlive SIGKILL: %s", sandbox.short, exc or "timeout")
 
     async def sandbox_stopped(self, sandbox: LiveSandbox, detail: str) -> None:
+        self._deaf.discard(sandbox.id)
         message = f"the pod's virtual machine ended: {detail}" if detail else "the pod was stopped"
         for container in self.of(sandbox.id):
             if container.state is not ContainerState.EXITED:

@@ -8,7 +8,7 @@ streamed, have their items in field 1; so the join is what encoding the whole re
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from betterproto2 import Message
@@ -60,29 +60,33 @@ class ListCodec(Generic[L]):
     def __len__(self) -> int:
         return len(self._kept)
 
-    async def reply(self, chosen: Sequence[L], everything: Collection[L]) -> Encoded:
-        """A list reply of `chosen`. What is not in `everything` any more is forgotten."""
-        return Encoded(b"".join(await self._parts(chosen, everything)))
+    async def warm(self, everything: Collection[L]) -> None:
+        """Encode what is not kept yet, others getting their turn: after a start that is everything at once.
 
-    async def pages(self, chosen: Sequence[L], everything: Collection[L]) -> list[Encoded]:
-        """The same as messages of at most PAGE items each; none for an empty list."""
-        parts = await self._parts(chosen, everything)
-        return [Encoded(b"".join(parts[at : at + PAGE])) for at in range(0, len(parts), PAGE)]
-
-    async def _parts(self, chosen: Sequence[L], everything: Collection[L]) -> list[bytes]:
-        self._forget(everything)
-        parts, fresh = [], 0
-        for one in chosen:
-            kept = self._kept.get(one.id)
-            # By identity, not by version: a status whose write failed leaves its number to another one.
-            if kept is None or kept[0] is not one.record or kept[1] is not one.status:
-                kept = (one.record, one.status, TAG + delimited(encode(self._item(one))))
-                self._kept[one.id] = kept
-                fresh += 1
-                if fresh % BATCH == 0:
+        The items chosen for a reply must be chosen after this: they may change meanwhile."""
+        if len(everything) > len(self._kept) + BATCH:
+            for number, one in enumerate(everything, 1):
+                self._part(one)
+                if number % BATCH == 0:
                     await asyncio.sleep(0)
-            parts.append(kept[2])
-        return parts
+
+    def reply(self, chosen: Iterable[L], everything: Collection[L]) -> Encoded:
+        """A list reply of `chosen`. What is not in `everything` any more is forgotten."""
+        self._forget(everything)
+        return Encoded(b"".join([self._part(one) for one in chosen]))
+
+    def pages(self, chosen: Sequence[L], everything: Collection[L]) -> list[Encoded]:
+        """The same as messages of at most PAGE items each; none for an empty list."""
+        return [self.reply(chosen[at : at + PAGE], everything) for at in range(0, len(chosen), PAGE)]
+
+    def _part(self, one: L) -> bytes:
+        record, status = one.record, one.status
+        kept = self._kept.get(one.id)
+        # By identity, not by version: a status whose write failed leaves its number to another one.
+        if kept is None or kept[0] is not record or kept[1] is not status:
+            kept = (record, status, TAG + delimited(encode(self._item(one))))
+            self._kept[one.id] = kept
+        return kept[2]
 
     def _forget(self, everything: Collection[L]) -> None:
         if len(self._kept) > len(everything):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.container import process, signals
 from hyperpod.cri.convert import stop_signal
 from hyperpod.errors import HyperpodError, InvalidArgument
 from hyperpod.model.base import now_ns
-from hyperpod.model.container import Container, ContainerConfig, ContainerRecord, ContainerState
+from hyperpod.model.container import (
+    Container,
+    ContainerConfig,
+    ContainerRecord,
+    ContainerState,
+    ContainerStatus,
+)
 from hyperpod.model.images import Image
 from hyperpod.model.sandbox import Sandbox, SandboxMetadata
 from hyperpod.model.security import LinuxResources, NamespaceOptions
@@ -148,22 +154,43 @@ def _spec(config: ContainerConfig) -> cri.ImageSpec:
     )
 
 
-def wanted_containers(items: Iterable[Container], wanted: cri.ContainerFilter | None) -> list[Container]:
+class Listable(Protocol):
+    """What a list needs of a container."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def record(self) -> ContainerRecord: ...
+    @property
+    def status(self) -> ContainerStatus: ...
+
+
+C = TypeVar("C", bound=Listable)
+
+
+def wanted_containers(items: Iterable[C], wanted: cri.ContainerFilter | None) -> list[C]:
     """All that match, the newest first."""
-    wanted = wanted or cri.ContainerFilter()
+    found = sorted(items, key=_created_at, reverse=True)
+    if wanted is None:
+        return found
+    state = wanted.state.state if wanted.state is not None else None
     return [
         item
-        for item in sorted(items, key=lambda c: c.record.created_at, reverse=True)
-        if item.id.startswith(wanted.id)
+        for item in found
+        if item.record.id.startswith(wanted.id)
         and item.record.sandbox_id.startswith(wanted.pod_sandbox_id)
-        and (wanted.state is None or _STATES[item.status.state] == wanted.state.state)
+        and (state is None or _STATES[item.status.state] == state)
         and _matches(item.record.config.labels, wanted.label_selector)
     ]
 
 
-def container(container: Container) -> cri.Container:
+def _created_at(item: Listable) -> int:
+    return item.record.created_at
+
+
+def container(item: Listable) -> cri.Container:
     """An item of ListContainers."""
-    record = container.record
+    record = item.record
     return cri.Container(
         id=record.id,
         pod_sandbox_id=record.sandbox_id,
@@ -171,7 +198,7 @@ def container(container: Container) -> cri.Container:
         image=_spec(record.config),
         image_ref=record.image_ref,
         image_id=record.image_id,
-        state=_STATES[container.status.state],
+        state=_STATES[item.status.state],
         created_at=record.created_at,
         labels=record.config.labels,
         annotations=record.config.annotations,

@@ -108,12 +108,14 @@ class RuntimeService(cri.RuntimeServiceBase):
     # The lists answer with bytes (Encoded), not with messages: Any, since the generated base knows messages only.
 
     async def list_pod_sandbox(self, message: cri.ListPodSandboxRequest) -> Any:
+        await self._pods.warm(self._ports.sandboxes.all())
         items = self._ports.sandboxes.all()
-        return await self._pods.reply(replies.wanted_pods(items, message.filter), items)
+        return self._pods.reply(replies.wanted_pods(items, message.filter), items)
 
     async def stream_pod_sandboxes(self, message: cri.StreamPodSandboxesRequest) -> AsyncIterator[Any]:
+        await self._pods.warm(self._ports.sandboxes.all())
         items = self._ports.sandboxes.all()
-        for page in await self._pods.pages(replies.wanted_pods(items, message.filter), items):
+        for page in self._pods.pages(replies.wanted_pods(items, message.filter), items):
             yield page
 
     # -- containers ---------------------------------------------------------------------------------------
@@ -142,12 +144,14 @@ class RuntimeService(cri.RuntimeServiceBase):
         return replies.container_status(container, verbose=message.verbose)
 
     async def list_containers(self, message: cri.ListContainersRequest) -> Any:
+        await self._containers.warm(self._ports.containers.all())
         items = self._ports.containers.all()
-        return await self._containers.reply(replies.wanted_containers(items, message.filter), items)
+        return self._containers.reply(replies.wanted_containers(items, message.filter), items)
 
     async def stream_containers(self, message: cri.StreamContainersRequest) -> AsyncIterator[Any]:
+        await self._containers.warm(self._ports.containers.all())
         items = self._ports.containers.all()
-        for page in await self._containers.pages(replies.wanted_containers(items, message.filter), items):
+        for page in self._containers.pages(replies.wanted_containers(items, message.filter), items):
             yield page
 
     async def exec_sync(self, message: cri.ExecSyncRequest) -> cri.ExecSyncResponse:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from betterproto2 import Message
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,15 +93,15 @@ POD_FILTERS = st.none() | st.builds(
 
 
 @given(CONTAINERS, st.lists(CONTAINER_FILTERS, min_size=1, max_size=4), st.data())
-async def test_container_lists_are_what_encoding_them_whole_gives(
+def test_container_lists_are_what_encoding_them_whole_gives(
     items: list[Container], filters: list[cri.ContainerFilter | None], data: st.DataObject
 ) -> None:
     kept = ListCodec(replies.container)
     for wanted in filters:
         chosen = replies.wanted_containers(items, wanted)
         whole = cri.ListContainersResponse(containers=[replies.container(one) for one in chosen])
-        assert bytes(await kept.reply(chosen, items)) == bytes(whole)
-        pages = await kept.pages(chosen, items)
+        assert bytes(kept.reply(chosen, items)) == bytes(whole)
+        pages = kept.pages(chosen, items)
         streamed = cri.StreamContainersResponse(containers=whole.containers)
         assert b"".join(map(bytes, pages)) == bytes(streamed)
         # Something changes between two lists: one gets another status, one goes.
@@ -110,15 +112,15 @@ async def test_container_lists_are_what_encoding_them_whole_gives(
 
 
 @given(SANDBOXES, st.lists(POD_FILTERS, min_size=1, max_size=4))
-async def test_pod_lists_are_what_encoding_them_whole_gives(
+def test_pod_lists_are_what_encoding_them_whole_gives(
     items: list[Sandbox], filters: list[cri.PodSandboxFilter | None]
 ) -> None:
     kept = ListCodec(replies.pod)
     for wanted in filters:
         chosen = replies.wanted_pods(items, wanted)
         messages = [replies.pod(one) for one in chosen]
-        assert bytes(await kept.reply(chosen, items)) == bytes(cri.ListPodSandboxResponse(items=messages))
-        pages = await kept.pages(chosen, items)
+        assert bytes(kept.reply(chosen, items)) == bytes(cri.ListPodSandboxResponse(items=messages))
+        pages = kept.pages(chosen, items)
         assert b"".join(map(bytes, pages)) == bytes(cri.StreamPodSandboxesResponse(pod_sandboxes=messages))
 
 
@@ -139,43 +141,57 @@ def some(count: int) -> list[Container]:
     ]
 
 
-async def test_an_item_is_encoded_once_per_change() -> None:
+def test_an_item_is_encoded_once_per_change() -> None:
     counted, items = Counted(), some(3)
     kept = ListCodec(counted)
     for _ in range(3):
-        await kept.reply(items, items)
+        kept.reply(items, items)
         # What the manager makes at every look: other views of the same record and status.
         items = [one.model_copy() for one in items]
     assert counted.made == ["00", "01", "02"]
     items[1] = Container(record=items[1].record, status=items[1].status.next(started_at=7))
-    reply = cri.ListContainersResponse.parse(bytes(await kept.reply(items, items)))
+    reply = cri.ListContainersResponse.parse(bytes(kept.reply(items, items)))
     assert counted.made == ["00", "01", "02", "01"]
     assert reply.containers[1].state == cri.ContainerState.CONTAINER_RUNNING
 
 
-async def test_a_status_taken_back_is_noticed_although_its_version_comes_again() -> None:
+def test_a_status_taken_back_is_noticed_although_its_version_comes_again() -> None:
     kept, [one] = ListCodec(replies.container), some(1)
     running = Container(record=one.record, status=one.status.next(started_at=7))
     exited = Container(record=one.record, status=one.status.next(finished_at=8))
     assert running.status.version == exited.status.version
     for view in (running, exited):
         whole = cri.ListContainersResponse(containers=[replies.container(view)])
-        assert bytes(await kept.reply([view], [view])) == bytes(whole)
+        assert bytes(kept.reply([view], [view])) == bytes(whole)
 
 
-async def test_what_is_gone_is_forgotten() -> None:
+def test_what_is_gone_is_forgotten() -> None:
     kept, items = ListCodec(replies.container), some(100)
-    await kept.reply(items, items)
+    kept.reply(items, items)
     assert len(kept) == 100
-    await kept.reply(items[:1], items[:5])
+    kept.reply(items[:1], items[:5])
     assert len(kept) == 5
-    assert bytes(await kept.reply([], [])) == b""
+    assert bytes(kept.reply([], [])) == b""
     assert len(kept) == 0
 
 
-async def test_pages_are_bounded() -> None:
+async def test_warming_encodes_all_in_turns() -> None:
+    counted, items, turns = Counted(), some(codec.BATCH * 2 + 1), 0
+    kept = ListCodec(counted)
+    warming = asyncio.ensure_future(kept.warm(items))
+    while not warming.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 2
+    assert len(kept) == len(items)
+    kept.reply(items, items)
+    await kept.warm(items)
+    assert len(counted.made) == len(items)
+
+
+def test_pages_are_bounded() -> None:
     kept, items = ListCodec(replies.container), some(codec.PAGE // 2)
-    assert await kept.pages([], []) == []
-    pages = await kept.pages([*items, *items, *items], items)
+    assert kept.pages([], []) == []
+    pages = kept.pages([*items, *items, *items], items)
     sizes = [len(cri.StreamContainersResponse.parse(bytes(page)).containers) for page in pages]
     assert sizes == [codec.PAGE, codec.PAGE // 2]
