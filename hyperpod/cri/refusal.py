@@ -39,11 +39,12 @@ class Refused:
 
 @dataclass(frozen=True)
 class Only:
-    """Honoured for these values, the others are refused; `never` when they cannot make sense in a VM."""
+    """Honoured for these values, the others are refused."""
 
     values: tuple[Any, ...]
     why: str = "not built yet"
-    never: bool = False
+    never: tuple[Any, ...] | None = ()
+    """Those that cannot make sense here (None: all others): INVALID_ARGUMENT instead of UNIMPLEMENTED."""
 
 
 Rule = Honoured | Harmless | Refused | Only
@@ -51,7 +52,7 @@ Table = dict[str, Rule]
 HONOURED = Honoured()
 _POD, _CONTAINER, _NODE = cri.NamespaceMode.POD, cri.NamespaceMode.CONTAINER, cri.NamespaceMode.NODE
 _NO_PAUSE = "a VM needs no pause process, so there is nothing that it could apply to"
-_NO_HOST = "a pod in a VM has namespaces of its own; run host pods with another runtime handler"
+_NO_HOST = "it needs a host pod: a pod in a VM has namespaces of its own; give it another runtime handler"
 _WINDOWS = "this is a Linux runtime"
 _PROFILES = (cri.SecurityProfileProfileType.RuntimeDefault, cri.SecurityProfileProfileType.Unconfined)
 _OLD_PROFILES = ("", "runtime/default", "docker/default", "unconfined")
@@ -66,10 +67,9 @@ def _honoured(*paths: str) -> Table:
 
 
 _NAMESPACES: Table = {
-    "network": Only((_POD,), _NO_HOST, never=True),
-    # POD and CONTAINER are both given a namespace per container: README, "What is not there".
-    "pid": Only((_POD, _CONTAINER), f"TARGET is not built yet; NODE: {_NO_HOST}"),
-    "ipc": Only((_POD,), _NO_HOST, never=True),
+    "network": Only((_POD,), _NO_HOST, never=None),
+    "pid": Only((_POD, _CONTAINER), f"TARGET is not built yet; NODE: {_NO_HOST}", never=(_NODE,)),
+    "ipc": Only((_POD, _CONTAINER), _NO_HOST, never=None),
     "target_id": Refused("pid=TARGET is not built yet"),
     # The kubelet sends NODE for every pod that does not ask for a user namespace.
     "userns_options.mode": Only((_NODE,), "user namespaces are not built yet"),
@@ -101,7 +101,7 @@ _POD_RESOURCES: Table = {
 }
 _IMAGE: Table = {
     **_honoured("image", "annotations", "user_specified_image"),
-    "runtime_handler": Only(("", "vm"), "no such runtime handler", never=True),
+    "runtime_handler": Only(("", "vm"), "no such runtime handler", never=None),
     "image_ref": Harmless("names the image of a volume; here `image` does"),
 }
 
@@ -182,9 +182,9 @@ def refuse(request: betterproto2.Message) -> None:
     for path, where, value in _fields(request, table):
         rule = table.get(path)
         if isinstance(rule, Refused) and value:
-            raise Unsupported(f"{where} is set: {rule.why}")
+            raise Unsupported(f"{where} is set{_which(value)}: {rule.why}")
         if isinstance(rule, Only) and value not in rule.values:
-            error = InvalidArgument if rule.never else Unsupported
+            error = InvalidArgument if rule.never is None or value in rule.never else Unsupported
             raise error(f"{where} is {_show(value)}: {rule.why}")
 
 
@@ -214,3 +214,11 @@ def _fields(
 
 def _show(value: Any) -> str:
     return str(value.name) if isinstance(value, betterproto2.Enum) else repr(value)[:100]
+
+
+def _which(value: Any) -> str:
+    """The paths or names of what is listed: mounts, devices, CDI devices."""
+    if not isinstance(value, list):
+        return ""
+    names = [getattr(item, "container_path", "") or getattr(item, "name", "") for item in value]
+    return f" ({', '.join(repr(name)[:200] for name in names[:8])})" if any(names) else ""

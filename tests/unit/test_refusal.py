@@ -113,7 +113,24 @@ def test_what_a_kubelet_sends_for_a_plain_pod_passes() -> None:
 def test_host_namespaces_are_refused_by_name(name: str) -> None:
     options = cri.NamespaceOption()
     setattr(options, name, cri.NamespaceMode.NODE)
-    with pytest.raises((InvalidArgument, Unsupported), match=f"namespace_options.{name} is NODE"):
+    with pytest.raises(InvalidArgument, match=f"namespace_options.{name} is NODE: .*host pod"):
+        refusal.refuse(_container(namespace_options=options))
+
+
+def test_what_is_listed_is_named() -> None:
+    config = cri.ContainerConfig(
+        mounts=[cri.Mount(container_path="/etc/hosts"), cri.Mount(container_path="/x")]
+    )
+    with pytest.raises(Unsupported, match=r"config\.mounts is set \('/etc/hosts', '/x'\)"):
+        refusal.refuse(cri.CreateContainerRequest(config=config))
+    config = cri.ContainerConfig(CDI_devices=[cri.CdiDevice(name="vendor.com/gpu=0")])
+    with pytest.raises(Unsupported, match=r"is set \('vendor.com/gpu=0'\)"):
+        refusal.refuse(cri.CreateContainerRequest(config=config))
+
+
+def test_another_container_s_processes_are_not_built() -> None:
+    options = cri.NamespaceOption(pid=cri.NamespaceMode.TARGET)
+    with pytest.raises(Unsupported, match="namespace_options.pid is TARGET"):
         refusal.refuse(_container(namespace_options=options))
 
 
