@@ -44,8 +44,9 @@ async def measure(quick: bool) -> tuple[list[Figure], list[list[str]], str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.perf", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and smaller rounds")
-    figures, times, versions = asyncio.run(measure(parser.parse_args().quick))
-    print(f"{os.cpu_count()} CPUs, emulated (TCG), {versions}\n")
+    quick, load = parser.parse_args().quick, os.getloadavg()[0]
+    figures, times, versions = asyncio.run(measure(quick))
+    print(f"{os.cpu_count()} CPUs, load {load:.1f} before the run, emulated (TCG), {versions}\n")
     print(table(("budget", "measured", "allowed", "share", "", ""), [figure.row() for figure in figures]))
     print()
     print(table(("call or phase", "median s", "range"), times))
