@@ -20,7 +20,7 @@ from hyperpod.errors import (
     HyperpodError,
     NotFound,
 )
-from hyperpod.image.store import ImageStore
+from hyperpod.image.store import ImageStore, LayerFile
 from hyperpod.model.base import now_ns
 from hyperpod.model.container import (
     START_ERROR_CODE,
@@ -76,8 +76,10 @@ class ContainerManager:
         return self.index.get(ident).view()
 
     def all(self) -> list[LiveContainer]:
-        """To be read only. No views: of a thousand containers, once a second, they cost the loop milliseconds."""
-        return self.index.values()
+        """What is announced: not those that are still being created. To be read only.
+
+        No views: of a thousand containers, once a second, they cost the loop milliseconds."""
+        return [c for c in self.index.values() if c.status.prepared or c.status.finished_at]
 
     def of(self, sandbox_id: str) -> list[LiveContainer]:
         return [c for c in self.index.values() if c.sandbox_id == sandbox_id]
@@ -107,7 +109,15 @@ class ContainerManager:
         record = self._record(ident, sandbox, config, image)
         spec = build_spec(process.spec_input(record))
         container = LiveContainer(record, ContainerStatus())
-        layers = self.images.lease(image.id, ident)
+        async with container.lock:
+            await self._prepare(container, sandbox, spec, self.images.lease(image.id, ident))
+        return ident
+
+    async def _prepare(
+        self, container: LiveContainer, sandbox: LiveSandbox, spec: bytes, layers: list[LayerFile]
+    ) -> None:
+        """Record, disks, bundle in the guest, log; undone when one fails."""
+        ident, record, config = container.id, container.record, container.record.config
         try:
             await self.store.create(ident, record, container.status)
             self._add(container)
@@ -129,7 +139,6 @@ class ContainerManager:
         except (HyperpodError, OSError):
             await self._discard(container, sandbox)
             raise
-        return ident
 
     def _record(
         self, ident: str, sandbox: LiveSandbox, config: ContainerConfig, image: Image
@@ -352,19 +361,20 @@ class ContainerManager:
                     await self._start_log(container, sandbox)
                 except HyperpodError as exc:
                     log.warning("container %s: its log does not flow: %s", container.short, exc)
+        settled = [c for c in self.of(sandbox.id) if not c.lock.locked()]  # the others report themselves
         agent = await sandbox.session.client()
         known = {info.id: info for info in await agent.list_containers()}
-        for container in self.of(sandbox.id):
+        for container in settled:
             info = known.get(container.id)
-            if container.status.finished_at:
+            if container.status.finished_at or container.status.removing or container.lock.locked():
                 continue
-            if info is None and container.status.prepared:
+            if not container.status.prepared:
+                await self._discard(container, sandbox)
+            elif info is None:
                 await self._finish(
                     container, UNKNOWN_CODE, Reason.UNKNOWN, "the guest does not know it any more", now_ns(),
                     started_at=container.status.started_at or now_ns(),
                 )  # fmt: skip
-            elif info is None:
-                await self._discard(container, sandbox)
             elif info.exited:
                 await self.container_exited(sandbox, info)
             elif info.state is AgentContainerState.RUNNING and not container.status.started_at:
