@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -241,6 +242,43 @@ async def test_a_stalled_answer_meets_the_deadline(
     async with hostile(tmp_path, script) as (_, client), asyncio.timeout(30):
         with pytest.raises(DeadlineExceeded, match="ListContainers"):
             await client.list_containers()
+
+
+async def test_a_call_that_ends_by_itself_leaves_no_cancellation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """grpclib cancels the task: a timeout around it that fires later must still be a TimeoutError."""
+
+    async def script(call: Call) -> None:
+        if call.method == "WaitExec":
+            call.peer.writer.close()
+
+    monkeypatch.setattr(client_module, "SHORT", 0.1)
+    async with hostile(tmp_path, script) as (_, client):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                with pytest.raises(DeadlineExceeded):
+                    await client.list_containers()
+                with pytest.raises(Unavailable):
+                    await client.wait_exec(ID, "e")
+                await asyncio.Event().wait()
+
+
+async def test_a_cancellation_at_the_deadline_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def script(call: Call) -> None: ...
+
+    monkeypatch.setattr(client_module, "SHORT", 0.2)
+    loop = asyncio.get_running_loop()
+    async with hostile(tmp_path, script) as (_, client):
+        task = asyncio.ensure_future(client.list_containers())
+        await asyncio.sleep(0.1)
+        # Both timers are due when the loop looks again.
+        loop.call_at(loop.time() + 0.15, task.cancel)
+        time.sleep(0.4)  # the loop is busy, on purpose
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 async def test_events_that_repeat_or_are_empty(tmp_path: Path) -> None:
