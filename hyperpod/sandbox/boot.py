@@ -8,7 +8,6 @@ import contextlib
 import logging
 import os
 import shutil
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 from hyperpod import failpoints
@@ -64,30 +63,27 @@ class VmBuilder:
         return self.config.state_dir / "scratch" / f"{sandbox.id}.raw"
 
     async def build(self, sandbox: LiveSandbox) -> tuple[HelloInfo, Phases]:
-        """From a written record to an agent that answers. Raises BootError; then nothing is left."""
+        """From a written record to an agent that answers. Raises BootError; the caller then tears down."""
         phases, record = Phases(), sandbox.record
-        async with AsyncExitStack() as undo:
-            undo.push_async_callback(self.tear_down, sandbox)
-            try:
-                with phases("scratch"):
-                    await self.scratch.create(
-                        self.scratch_path(sandbox), self.config.vm.scratch_mib, record.uid, record.gid
-                    )
-                    failpoints.passing("sandbox.scratch")
-                with phases("shim"):
-                    self.make_directory(sandbox)
-                    await self.start_shim(sandbox, resume=False)
-                    failpoints.passing("sandbox.shim")
-                with phases("domain"):
-                    await self.hypervisor.create(self.domain_spec(sandbox))
-                    await self.place_qemu(sandbox)
-                    failpoints.passing("sandbox.domain")
-                with phases("kernel+agent"):
-                    hello = await self.wait_for_agent(sandbox)
-                    failpoints.passing("sandbox.agent")
-            except BootError as exc:
-                raise BootError(exc.phase, exc.cause, exc.console or await self.console(sandbox)) from exc
-            undo.pop_all()
+        try:
+            with phases("scratch"):
+                await self.scratch.create(
+                    self.scratch_path(sandbox), self.config.vm.scratch_mib, record.uid, record.gid
+                )
+                failpoints.passing("sandbox.scratch")
+            with phases("shim"):
+                self.make_directory(sandbox)
+                await self.start_shim(sandbox, resume=False)
+                failpoints.passing("sandbox.shim")
+            with phases("domain"):
+                await self.hypervisor.create(self.domain_spec(sandbox))
+                await self.place_qemu(sandbox)
+                failpoints.passing("sandbox.domain")
+            with phases("kernel+agent"):
+                hello = await self.wait_for_agent(sandbox)
+                failpoints.passing("sandbox.agent")
+        except BootError as exc:
+            raise BootError(exc.phase, exc.cause, exc.console or await self.console(sandbox)) from exc
         return hello, phases
 
     def make_directory(self, sandbox: LiveSandbox) -> None:

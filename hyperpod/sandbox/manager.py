@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 
 from hyperpod import failpoints
+from hyperpod.agentclient.types import ContainerInfo
 from hyperpod.config import Config
 from hyperpod.errors import AlreadyExists, HyperpodError, InvalidArgument
 from hyperpod.hypervisor.base import DomainEvent
@@ -141,7 +142,7 @@ class SandboxManager:
             hello, phases = await self.builder.build(sandbox)
         except (HyperpodError, OSError) as exc:
             log.error("sandbox %s (%s) failed: %s", sandbox.short, config.metadata.key, exc)
-            await self._forget(sandbox)
+            await self._roll_back(sandbox, str(exc))
             raise
         facts = {
             "kernel": hello.kernel_release,
@@ -158,6 +159,16 @@ class SandboxManager:
             " ".join(f"{k}={v:.3f}s" for k, v in phases.seconds.items()),
         )
         return ident
+
+    async def _roll_back(self, sandbox: LiveSandbox, why: str) -> None:
+        """Undo a failed start. What cannot be undone keeps its record, as a sandbox that wants to be removed."""
+        try:
+            await self.builder.tear_down(sandbox)
+        except (HyperpodError, OSError) as exc:
+            log.error("sandbox %s could not be undone: %s", sandbox.short, exc)
+            await self._set(sandbox, SandboxPhase.STOPPING, message=why)
+        else:
+            await self._forget(sandbox)
 
     def _size(self, config: SandboxConfig) -> VmSize:
         vm = self.config.vm
@@ -186,8 +197,9 @@ class SandboxManager:
     # -- watching -----------------------------------------------------------------------------------------
 
     def _watch(self, sandbox: LiveSandbox) -> None:
-        async def on_exit(info: object) -> None:
-            await self.listener.container_exited(sandbox, info)  # type: ignore[arg-type]
+        async def on_exit(info: ContainerInfo) -> None:
+            # A task each: one container's log that does not end must not hold back another's exit.
+            self.owner.spawn(f"exit/{info.id[:12]}", self.listener.container_exited(sandbox, info))
 
         async def on_connected(_: object) -> None:
             await self.listener.connected(sandbox)
