@@ -36,7 +36,7 @@ _SIGNALS = {
 
 
 def _matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
-    return all(labels.get(key) == value for key, value in selector.items())
+    return selector.items() <= labels.items()
 
 
 def _json(**values: Any) -> str:
