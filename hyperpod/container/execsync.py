@@ -59,7 +59,10 @@ class ExecRunner:
         collector: asyncio.Task[tuple[bytes, bytes]] | None = None
         try:
             with theirs:
-                await agent.start_exec(container.id, exec_id, process_json=spec, tty=False, stdin=False)
+                try:
+                    await agent.start_exec(container.id, exec_id, process_json=spec, tty=False, stdin=False)
+                except HyperpodError as exc:
+                    raise process.start_failure(argv, exc) from exc
                 await sandbox.need_shim().collect(
                     container.id, exec_id, tty=False, limit=LIMIT, fd=theirs.fileno()
                 )

@@ -195,12 +195,14 @@ class ContainerManager:
             failpoints.passing("container.started")
             try:
                 pid = await (await sandbox.session.client()).start_container(container.id)
-            except HyperpodError as exc:
+            except HyperpodError as failure:
+                argv = process.arguments(container.record.config, container.record.image_config)
+                exc = process.start_failure(argv, failure)
                 now = now_ns()
                 await self._finish(
                     container, START_ERROR_CODE, Reason.START_ERROR, str(exc), now, started_at=now
                 )
-                raise
+                raise exc from failure
             if not container.status.finished_at:
                 await self._set(container, started_at=container.status.started_at or now_ns(), pid=pid)
             failpoints.passing("container.running")

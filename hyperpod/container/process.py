@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hyperpod.errors import InvalidArgument, Unsupported
+from hyperpod.errors import FailedPrecondition, HyperpodError, InvalidArgument, NotFound, Unsupported
 from hyperpod.model.container import ContainerConfig, ContainerRecord
 from hyperpod.model.images import ImageConfig
 from hyperpod.model.security import NamespaceMode
@@ -54,6 +54,14 @@ def user(config: ContainerConfig, image: ImageConfig) -> tuple[int, int]:
         if not 0 <= value < 2**32 - 1:
             raise InvalidArgument(f"{what} id {value} is out of range")
     return (uid, gid)
+
+
+def start_failure(argv: tuple[str, ...], exc: HyperpodError) -> HyperpodError:
+    """The agent's error with the name of what should have run, which crun does not always tell."""
+    kinds = (NotFound, FailedPrecondition, InvalidArgument)
+    if isinstance(exc, kinds):
+        return type(exc)(f"cannot run {argv[0][:200]!r}: {exc}")
+    return exc
 
 
 def spec_input(record: ContainerRecord) -> ContainerSpecInput:

@@ -27,6 +27,7 @@ MAX_ID = 2**32 - 2
 MAX_SECONDS = 99_999_999
 """Longer timeouts are none: three years, and the most that gRPC's eight digits of seconds hold."""
 
+_HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\Z")
 _NUL = re.compile("\0")
 
 
@@ -49,6 +50,18 @@ def _texts(where: str, values: Sequence[str], limit: int = MAX_MAP_BYTES) -> tup
     if len(values) > MAX_ITEMS:
         raise InvalidArgument(f"{where} has {len(values)} items, at most {MAX_ITEMS} are taken")
     return tuple(_text(f"{where}[{i}]", value, limit) for i, value in enumerate(values))
+
+
+def _hostname(value: str) -> str:
+    if value and not _HOSTNAME.match(_text("config.hostname", value, MAX_HOSTNAME)):
+        raise InvalidArgument(f"config.hostname {value!r} is no host name: letters, digits, '-' and '.'")
+    return value
+
+
+def _absolute(where: str, value: str) -> str:
+    if value and not value.startswith("/"):
+        raise InvalidArgument(f"{where} {value[:100]!r} is not absolute")
+    return _text(where, value, MAX_PATH)
 
 
 def _map(where: str, values: Mapping[str, str]) -> dict[str, str]:
@@ -135,8 +148,8 @@ def sandbox_config(config: cri.PodSandboxConfig | None) -> SandboxConfig:
             namespace=_text("config.metadata.namespace", meta.namespace, required=True),
             attempt=meta.attempt,
         ),
-        hostname=_text("config.hostname", config.hostname, MAX_HOSTNAME),
-        log_directory=_text("config.log_directory", config.log_directory, MAX_PATH),
+        hostname=_hostname(config.hostname),
+        log_directory=_absolute("config.log_directory", config.log_directory),
         dns=None
         if dns is None
         else DnsConfig(

@@ -22,6 +22,10 @@ from hyperpod.spec.seccomp import without_host_sockets
 MAX_ARGS_BYTES = 1 << 20
 """Of argv and environment together; Linux itself takes at most 2 MiB with the default stack limit."""
 
+MAX_STRING = 128 * 1024 - 1
+"""Bytes of one argument or variable without its NUL (Linux: MAX_ARG_STRLEN); crun would find out only once the
+container counts as started."""
+
 MASKED_PATHS = (
     "/proc/acpi",
     "/proc/asound",
@@ -106,7 +110,7 @@ def _process(spec: ContainerSpecInput) -> dict[str, Any]:
         raise InvalidArgument(f"working directory {spec.cwd[:100]!r} is not absolute")
     args = [_text(f"argument {i}", arg) for i, arg in enumerate(spec.args)]
     env = [_variable(item) for item in spec.env]
-    if (size := sum(map(len, spec.args)) + sum(map(len, spec.env))) > MAX_ARGS_BYTES:
+    if (size := sum(len(arg.encode()) for arg in spec.args) + sum(map(len, spec.env))) > MAX_ARGS_BYTES:
         raise InvalidArgument(f"arguments and environment are {size} bytes, over {MAX_ARGS_BYTES}")
     caps = effective(spec.add_capabilities, spec.drop_capabilities)
     process: dict[str, Any] = {
@@ -127,9 +131,11 @@ def _text(what: str, value: str) -> str:
     if "\0" in value:
         raise InvalidArgument(f"{what} holds a NUL")
     try:
-        value.encode()
+        size = len(value.encode())
     except UnicodeEncodeError as exc:
         raise InvalidArgument(f"{what} is not UTF-8") from exc
+    if size > MAX_STRING:
+        raise InvalidArgument(f"{what} has {size} bytes; Linux takes {MAX_STRING} in one")
     return value
 
 
@@ -138,6 +144,10 @@ def _variable(item: bytes) -> str:
     shown = name.decode(errors="replace")[:60]
     if not name or not equals or b"\0" in item:
         raise InvalidArgument(f"environment variable {shown!r}: no name, no '=', or a NUL")
+    if len(item) > MAX_STRING:
+        raise InvalidArgument(
+            f"environment variable {shown!r} has {len(item)} bytes; Linux takes {MAX_STRING} in one"
+        )
     try:
         return item.decode()
     except UnicodeDecodeError as exc:

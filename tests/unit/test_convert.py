@@ -201,6 +201,9 @@ def test_no_signal_is_the_images_choice() -> None:
         (pod_config(metadata=cri.PodSandboxMetadata(name="a", namespace="c")), "metadata.uid is missing"),
         (pod_config(metadata=cri.PodSandboxMetadata(name="a", uid="b")), "metadata.namespace is missing"),
         (pod_config(hostname="h" * 65), "config.hostname has 65"),
+        (pod_config(hostname="a/b"), "config.hostname 'a/b'"),
+        (pod_config(hostname="a\n"), "config.hostname"),
+        (pod_config(log_directory="var/log"), "config.log_directory 'var/log' is not absolute"),
         (pod_config(log_directory="/a\0b"), "config.log_directory holds a NUL"),
         (pod_config(annotations={"k": "v" * (1 << 20)}), "config.annotations has"),
         (
