@@ -171,17 +171,18 @@ C = TypeVar("C", bound=Listable)
 def wanted_containers(items: Iterable[C], wanted: cri.ContainerFilter | None) -> list[C]:
     """All that match, the newest first."""
     found = sorted(items, key=_created_at, reverse=True)
-    if wanted is None:
-        return found
-    state = wanted.state.state if wanted.state is not None else None
-    return [
-        item
-        for item in found
-        if item.record.id.startswith(wanted.id)
-        and item.record.sandbox_id.startswith(wanted.pod_sandbox_id)
-        and (state is None or _STATES[item.status.state] == state)
-        and _matches(item.record.config.labels, wanted.label_selector)
-    ]
+    wanted = wanted or cri.ContainerFilter()
+    # One pass per criterion that is set: most requests set none.
+    if wanted.id:
+        found = [item for item in found if item.record.id.startswith(wanted.id)]
+    if wanted.pod_sandbox_id:
+        found = [item for item in found if item.record.sandbox_id.startswith(wanted.pod_sandbox_id)]
+    if wanted.state is not None:
+        state = wanted.state.state
+        found = [item for item in found if _STATES[item.status.state] == state]
+    if selector := wanted.label_selector:
+        found = [item for item in found if _matches(item.record.config.labels, selector)]
+    return found
 
 
 def _created_at(item: Listable) -> int:
