@@ -21,6 +21,7 @@ from grpclib.protocol import H2Protocol
 from multidict import MultiDict
 
 from hyperpod.agentclient.protocol import AgentProtocol
+from hyperpod.agentclient.wakeup import CallWrapper, DeadlineCallWrapper
 from hyperpod.errors import InvalidArgument, ProtocolError, ResourceExhausted, Unavailable
 from hyperpod.rpc import strict
 
@@ -52,6 +53,15 @@ class BoundedCodec(CodecBase):
 
 
 class _BoundedStream(Stream[Any, Any]):
+    async def __aenter__(self) -> _BoundedStream:
+        if self._deadline is None:
+            self._wrapper = CallWrapper()
+        else:
+            self._wrapper = DeadlineCallWrapper()
+            self._wrapper_ctx = self._wrapper.start(self._deadline)
+            self._wrapper_ctx.__enter__()
+        return self
+
     async def recv_message(self) -> Any:
         """As grpclib's, but the length is looked at before anything is read."""
         if not self._recv_initial_metadata_done:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -210,27 +209,10 @@ class AgentClient:
 
 
 @contextlib.contextmanager
-def _own_cancellations() -> Iterator[None]:
-    """grpclib ends a call by cancelling the caller's task, and does not take that back (Task.uncancel): every
-    asyncio.timeout around the call would then believe in a cancellation from outside. A real one that came
-    in the same moment is hidden by grpclib's exception, and brought back here."""
-    task = asyncio.current_task()
-    assert task is not None
-    before = task.cancelling()
-    try:
-        yield
-    except Exception:
-        if task.cancelling() > before and task.uncancel() > before:
-            raise asyncio.CancelledError from None
-        raise
-
-
-@contextlib.contextmanager
 def _mapped(what: str) -> Iterator[None]:
     """grpclib's exceptions as ours; text of the guest escaped and bounded."""
     try:
-        with _own_cancellations():
-            yield
+        yield
     except GRPCError as exc:
         text = printable(exc.message or exc.status.name, TEXT_LIMIT)
         raise _ERRORS.get(exc.status, GuestError)(text) from exc

@@ -264,6 +264,22 @@ async def test_a_call_that_ends_by_itself_leaves_no_cancellation(
                 await asyncio.Event().wait()
 
 
+async def test_two_reasons_at_once_end_a_call_once(tmp_path: Path) -> None:
+    """A reset stream and a lost connection in one packet: an error, not a cancellation that nobody asked for."""
+
+    async def script(call: Call) -> None:
+        call.peer.h2.reset_stream(call.stream)
+        call.peer.flush()
+        call.peer.raw(b"\xff" * 100)
+
+    async with hostile(tmp_path, script) as (_, client):
+        with pytest.raises(Unavailable):
+            await client.wait_exec(ID, "e")
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+
+
 async def test_a_cancellation_at_the_deadline_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
