@@ -29,6 +29,8 @@ class _Field:
     packable: bool = False
     text: bool = False
     inner: type[betterproto2.Message] | _Map | None = None
+    once: bool = False
+    """A singular message: protobuf merges two of them, betterproto2 loses map entries of the first."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,11 @@ def _table(kind: type[betterproto2.Message] | _Map) -> dict[int, _Field]:
                 _plain(name, m.proto_type) for name, m in zip(("key", "value"), meta.map_meta, strict=True)
             )
             if meta.map_meta[1].proto_type == betterproto2.TYPE_MESSAGE:
-                value = dataclasses.replace(value, inner=kind._cls_for(field, index=1))
+                value = dataclasses.replace(value, inner=kind._cls_for(field, index=1), once=True)
             table[meta.number] = _Field(field.name, _DELIMITED, inner=_Map(((1, key), (2, value))))
         elif meta.proto_type == betterproto2.TYPE_MESSAGE:
-            table[meta.number] = _Field(field.name, _DELIMITED, inner=kind._cls_for(field))
+            once = not meta.repeated
+            table[meta.number] = _Field(field.name, _DELIMITED, inner=kind._cls_for(field), once=once)
         else:
             packable = bool(meta.repeated) and meta.proto_type in betterproto2.PACKED_TYPES
             table[meta.number] = dataclasses.replace(_plain(field.name, meta.proto_type), packable=packable)
@@ -91,6 +94,7 @@ class _Walk:
 
     def message(self, at: int, end: int, kind: type[betterproto2.Message] | _Map, where: str) -> None:
         table = _table(kind)
+        seen: set[int] = set()
         while at < end:
             self.left -= 1
             if self.left < 0:
@@ -102,7 +106,11 @@ class _Walk:
                 self.fail(start, f"field number {number}")
             first, at = self.extent(at, end, wire_type)
             if (field := table.get(number)) is not None:
-                self.value(field, wire_type, first, at, f"{where}.{field.name}" if where else field.name)
+                name = f"{where}.{field.name}" if where else field.name
+                if field.once and number in seen:
+                    self.fail(start, f"{name} is given twice")
+                seen.add(number)
+                self.value(field, wire_type, first, at, name)
             elif isinstance(kind, _Map):
                 self.fail(start, f"{where} has an entry with field {number}")
 

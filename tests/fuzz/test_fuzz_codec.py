@@ -111,3 +111,11 @@ def test_damaged_requests(data: st.DataObject) -> None:
             case _:
                 raw[at:at] = raw[: data.draw(st.integers(0, 40))]
     examine(REQUESTS[number], bytes(raw))
+
+
+def test_a_message_given_twice() -> None:
+    """What the fuzzer found: protobuf merges the two, betterproto2 would forget the first one's labels."""
+    config = b"\x12\x01h2\x06\n\x01%c\x12\x01v"
+    raw = b"".join(b"\n\x0b" + config % letter for letter in (b"j", b"k"))
+    with pytest.raises(InvalidArgument, match="config is given twice"):
+        strict.check(raw, cri.RunPodSandboxRequest)
