@@ -116,10 +116,12 @@ async def lists(daemon: Daemon, rounds: int) -> list[Figure]:
         for what, request in (("", everything), (", by a label", labelled)):
             cost, again = await _cost(daemon, runtime, request, rounds)
             assert again == reply, "the same containers, other bytes"
+            note = (
+                f"mean of {rounds}, {len(reply) >> 10} KiB, gRPC included, back to back; first {first:.0f} ms"
+            )
             figures.append(
-                Figure(f"ListContainers of {CONTAINERS}{what}: CPU of the loop", cost, "ms", 5.0,
-                       note=f"mean of {rounds}, {len(reply) >> 10} KiB, gRPC included, back to back; the first {first:.0f} ms")
-            )  # fmt: skip
+                Figure(f"ListContainers of {CONTAINERS}{what}: CPU of the loop", cost, "ms", 5.0, note=note)
+            )
             progress(f"ListContainers{what}: {cost:.2f} ms")
     finally:
         channel.close()
