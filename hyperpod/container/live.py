@@ -15,6 +15,8 @@ class LiveContainer:
         self.exited = asyncio.Event()
         self.lock = asyncio.Lock()
         """Serialises create, start and remove; stop and exit reports overtake, so they do not take it."""
+        self.writing = asyncio.Lock()
+        """Held while the status is written or the record deleted."""
         self.stop_at = float("inf")
         """Loop time at which a running StopContainer sends SIGKILL; a later, shorter grace moves it."""
         self.stop_moved = asyncio.Event()

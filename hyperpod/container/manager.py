@@ -237,16 +237,18 @@ class ContainerManager:
     ) -> None:
         if container.status.finished_at:
             return
-        await self._set(
-            container,
-            exit_code=code,
-            reason=reason.value,
-            message=message[:4096],
-            finished_at=at,
-            started_at=started_at,
-            pid=0,
-        )
-        container.exited.set()
+        try:
+            await self._set(
+                container,
+                exit_code=code,
+                reason=reason.value,
+                message=message[:4096],
+                finished_at=at,
+                started_at=started_at,
+                pid=0,
+            )
+        finally:  # a full disk keeps no one waiting
+            container.exited.set()
         log.info("container %s exited: code %d, %s", container.short, code, reason.value)
 
     # -- stop and remove ----------------------------------------------------------------------------------
@@ -301,15 +303,20 @@ class ContainerManager:
         self.images.release(container.id)
 
     async def _forget(self, container: LiveContainer) -> None:
-        await self.store.delete(container.id)
-        self.index.discard(container.id)
+        async with container.writing:
+            await self.store.delete(container.id)
+            self.index.discard(container.id)
         if self._names.get(container.name_key) == container.id:
             del self._names[container.name_key]
 
     async def _set(self, container: LiveContainer, **changes: object) -> None:
-        status = container.status.next(**changes)
-        container.status = status
-        await self.store.update(container.id, status)
+        """Known in memory at once, and durable when this returns; of a container that is gone, nothing is kept.
+
+        An exit is told by one task while another removes: writes must not meet each other or the removal."""
+        container.status = container.status.next(**changes)
+        async with container.writing:
+            if self.index.find(container.id) is container:
+                await self.store.update(container.id, container.status)
 
     # -- logs ---------------------------------------------------------------------------------------------
 
