@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import secrets
 import signal
@@ -66,10 +67,15 @@ def make_busybox_layer(directory: Path) -> Path:
     return image
 
 
+def agent_folder(directory: Path) -> Path:
+    """Where `host_agent` runs. Its name is its cgroup's too, and those are the whole host's."""
+    return directory / f"a{hashlib.sha256(bytes(directory)).hexdigest()[:10]}"
+
+
 @asynccontextmanager
 async def host_agent(directory: Path, image: Path) -> AsyncIterator[AgentPlace]:
     """A host agent in `directory`; ends by SIGTERM, and must do so in time and with code 0."""
-    state = directory / "a"
+    state = agent_folder(directory)
     process = subprocess.Popen(
         [sys.executable, "-m", "hyperpod.agent.main", "--host", str(state)],
         cwd=REPOSITORY,

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 
 from hyperpod.errors import Unavailable
 
 ROOT = "/sys/fs/cgroup"
+MAKE_ATTEMPTS = 5
 KILL_TIMEOUT = 5.0
 """Seconds for SIGKILLed processes to leave a cgroup."""
 
@@ -82,13 +84,20 @@ class Cgroups:
     @staticmethod
     def _make_v1(hierarchy: str, path: str) -> None:
         """A v1 cgroup and its parents; an empty cpuset admits nobody, so it gets its parent's."""
-        current = hierarchy
-        for part in path.strip("/").split("/"):
-            above, current = current, f"{current}/{part}"
-            os.makedirs(current, exist_ok=True)
-            for name in ("cpuset.cpus", "cpuset.mems"):
-                if os.path.exists(f"{current}/{name}") and not _read(f"{current}/{name}").strip():
-                    _write(f"{current}/{name}", _read(f"{above}/{name}"))
+        for attempt in range(MAKE_ATTEMPTS):
+            try:
+                current = hierarchy
+                for part in path.strip("/").split("/"):
+                    above, current = current, f"{current}/{part}"
+                    os.makedirs(current, exist_ok=True)
+                    for name in ("cpuset.cpus", "cpuset.mems"):
+                        if os.path.exists(f"{current}/{name}") and not _read(f"{current}/{name}").strip():
+                            _write(f"{current}/{name}", _read(f"{above}/{name}"))
+                return
+            except OSError as exc:
+                # Who shares the parent with us on a host may remove it, empty, between two of these steps.
+                if exc.errno not in (errno.ENOENT, errno.ENODEV) or attempt == MAKE_ATTEMPTS - 1:
+                    raise
 
     def container_path(self, container: str) -> str:
         """For linux.cgroupsPath."""

@@ -13,7 +13,7 @@ import pytest
 from hyperpod.agentclient.client import AgentClient
 from hyperpod.errors import ProtocolError, Unavailable
 from hyperpod.vsock.open import CONTROL_PORT, STDIO_PORT
-from tests.agentkit import TIMEOUT, AgentKit, AgentPlace, host_agent
+from tests.agentkit import TIMEOUT, AgentKit, AgentPlace, agent_folder, host_agent
 
 
 async def test_nobody_gets_in_before_a_claim(agent_place: AgentPlace) -> None:
@@ -23,7 +23,7 @@ async def test_nobody_gets_in_before_a_claim(agent_place: AgentPlace) -> None:
 
 
 def cgroups_of(name: str) -> list[str]:
-    return [path for path, _, _ in os.walk("/sys/fs/cgroup") if f"/hyperpod/{name}" in path]
+    return [path for path, _, _ in os.walk("/sys/fs/cgroup") if f"/hyperpod/{name}/" in f"{path}/"]
 
 
 def processes_with(text: str) -> list[int]:
@@ -56,7 +56,7 @@ def loops_of(image: Path) -> list[str]:
 
 async def test_a_host_agent_leaves_nothing(busybox_layer: Path, tmp_path: Path) -> None:
     mounts = Path("/proc/self/mounts").read_text()
-    marker = f"{secrets.randbelow(10**9) + 10**9}"
+    marker, folder = f"{secrets.randbelow(10**9) + 10**9}", agent_folder(tmp_path)
     async with host_agent(tmp_path, busybox_layer) as place:
         kit = await AgentKit.claim(place)
         ident = await kit.start("sh", "-c", f"sleep {marker} & sleep {marker}")
@@ -64,10 +64,11 @@ async def test_a_host_agent_leaves_nothing(busybox_layer: Path, tmp_path: Path) 
         await kit.create("true")
         await until_running(marker, 3)
         assert loops_of(busybox_layer)
+        assert cgroups_of(folder.name)
         await kit.client.close()
     assert processes_with(marker) == []
     assert loops_of(busybox_layer) == []
-    assert cgroups_of("a") == []
+    assert cgroups_of(folder.name) == []
     assert Path("/proc/self/mounts").read_text() == mounts
     left = [p for p in tmp_path.rglob("*") if not p.is_dir() and not p.is_socket()]
     assert left == []
@@ -83,11 +84,11 @@ async def test_an_agent_that_was_killed_is_cleaned_up_by_the_next(
             await kit.start("sleep", marker)
             await until_running(marker, 1)
             await kit.client.close()
-            (pid,) = processes_with(str(tmp_path / "a"))
+            (pid,) = processes_with(str(agent_folder(tmp_path)))
             os.kill(pid, 9)
     assert processes_with(marker)
     for port in (CONTROL_PORT, STDIO_PORT):
-        (tmp_path / f"a/{port}.sock").unlink()
+        (agent_folder(tmp_path) / f"{port}.sock").unlink()
     async with host_agent(tmp_path, busybox_layer) as place:
         assert processes_with(marker) == []
         kit = await AgentKit.claim(place)
@@ -111,4 +112,4 @@ async def test_shutdown_ends_a_host_agent(busybox_layer: Path, tmp_path: Path) -
                 await asyncio.sleep(0.02)
         await kit.client.close()
     with socket.socket(socket.AF_UNIX) as probe, pytest.raises(OSError):
-        probe.connect(str(tmp_path / "a/1024.sock"))
+        probe.connect(str(agent_folder(tmp_path) / "1024.sock"))
