@@ -62,11 +62,13 @@ class Server:
             "store": self._store,
             "forget": self._forget,
         }
-        self.path.unlink(missing_ok=True)
+        made = self.path.with_name(f".{self.path.name}")
+        made.unlink(missing_ok=True)
         self._sock = packets.seqpacket()
-        self._sock.bind(str(self.path))
-        self.path.chmod(0o666)  # shims run as their sandbox's user
+        self._sock.bind(str(made))
+        made.chmod(0o666)  # shims run as their sandbox's user
         self._sock.listen(_BACKLOG)
+        made.replace(self.path)  # who sees it can connect
         loop.watch(self._sock.fileno(), self._accept)
 
     def release(self) -> None:

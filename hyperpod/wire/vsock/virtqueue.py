@@ -13,7 +13,9 @@ from typing import Final, NamedTuple
 from hyperpod.errors import ProtocolError
 from hyperpod.wire.vsock.memory import GuestMemory
 
-MAX_SIZE: Final = 512  # QEMU uses 128; a chain must fit into one sendmsg (IOV_MAX is 1024)
+MAX_SIZE: Final = 1024
+"""Entries. QEMU 7.2 gives a ring 128 of them, QEMU 10.0 1024; a chain must fit into one sendmsg (IOV_MAX: 1024)."""
+
 _DESCRIPTOR: Final = struct.Struct("<QIHH")  # address, length, flags, next
 _F_NEXT: Final = 1
 _F_WRITE: Final = 2
