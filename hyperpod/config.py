@@ -57,6 +57,15 @@ class ImageConfig(Section):
     stall_timeout: float = Field(default=60.0, gt=0)
 
 
+class NetworkConfig(Section):
+    """Pods' networks by CNI; the first file of `conf_dir` in lexical order is the one that pods join."""
+
+    conf_dir: Path = Path("/etc/cni/net.d")
+    bin_dirs: tuple[Path, ...] = (Path("/opt/cni/bin"), Path("/usr/lib/cni"))
+    plugin_timeout: float = Field(default=60.0, gt=0)
+    """Seconds for one call of one plugin."""
+
+
 class Config(Section):
     """The whole configuration."""
 
@@ -69,6 +78,7 @@ class Config(Section):
     sandbox_slots: int = Field(default=512, ge=1)
     vm: VmConfig = VmConfig()
     image: ImageConfig = ImageConfig()
+    network: NetworkConfig = NetworkConfig()
 
     @field_validator("run_dir")
     @classmethod

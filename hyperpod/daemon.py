@@ -40,6 +40,7 @@ from hyperpod.recovery import Recovery
 from hyperpod.rpc.server import RpcServer
 from hyperpod.sandbox.boot import VmBuilder
 from hyperpod.sandbox.manager import SandboxManager, host_boot_id
+from hyperpod.sandbox.network import PodNetworks
 from hyperpod.store.records import RecordStore, write_atomic
 from hyperpod.supervisor.client import SupervisorClient
 from hyperpod.tasks import TaskOwner
@@ -115,10 +116,12 @@ async def running(config: Config) -> AsyncIterator[RpcServer]:
         await images.open()
         stack.push_async_callback(images.close)
         scratch = ScratchDisks(config.state_dir)
-        builder = VmBuilder(config, hypervisor, supervisor, scratch, ident)
+        records = RecordStore(config.state_dir, "sandboxes", SandboxRecord, SandboxStatus)
+        networks = PodNetworks(config.network, config.run_dir, records.folder)
+        builder = VmBuilder(config, hypervisor, supervisor, scratch, networks, instance_id=ident)
         sandboxes = SandboxManager(
             config,
-            RecordStore(config.state_dir, "sandboxes", SandboxRecord, SandboxStatus),
+            records,
             builder,
             owner,
             boot_id,
@@ -134,7 +137,13 @@ async def running(config: Config) -> AsyncIterator[RpcServer]:
         stack.push_async_callback(sandboxes.detach)
         await Recovery(sandboxes, containers, supervisor).run()
         await images.collect()
-        ports = Ports(sandboxes=sandboxes, containers=containers, execs=ExecRunner(containers), images=images)
+        ports = Ports(
+            sandboxes=sandboxes,
+            containers=containers,
+            execs=ExecRunner(containers),
+            images=images,
+            networks=networks,
+        )
         server = RpcServer(
             [RuntimeService(ports, config, hypervisor), ImageService(ports, config), AdminService(ports)]
         )

@@ -43,6 +43,10 @@ class Unavailable(HyperpodError):
     """Cannot be done now, a retry may work; maps to UNAVAILABLE."""
 
 
+class NetworkError(Unavailable):
+    """A pod's network cannot be made or unmade: configuration, a plugin, an address pool; maps as Unavailable."""
+
+
 class DeadlineExceeded(HyperpodError):
     """A bounded wait ran out; the message says which; maps to DEADLINE_EXCEEDED."""
 

@@ -12,13 +12,18 @@ import signal
 
 NAMES = (
     "sandbox.recorded",
+    "sandbox.netns",
+    "sandbox.cni",
+    "sandbox.network",
     "sandbox.scratch",
     "sandbox.shim",
     "sandbox.domain",
+    "sandbox.tap",
     "sandbox.agent",
     "sandbox.ready",
     "sandbox.stopping",
     "sandbox.destroyed",
+    "sandbox.unplugged",
     "sandbox.stopped",
     "sandbox.removing",
     "container.recorded",

@@ -99,6 +99,7 @@ class Recovery:
                 if folder.name not in folders:
                     self._strays.add(folder.name)
                     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        await self.sandboxes.builder.networks.sweep(known)
         await self.sandboxes.builder.cgroups.sweep(self._strays)
         scratch = self.sandboxes.config.state_dir / "scratch"
         if scratch.is_dir():

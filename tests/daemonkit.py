@@ -21,6 +21,7 @@ from grpclib.client import Channel
 
 from hyperpod.api.gen.hyperpod.admin.v1 import AdminStub, LoadRequest
 from hyperpod.api.gen.runtime import v1 as cri
+from tests.netkit import Network, taps
 
 ROOT = Path(__file__).resolve().parent.parent
 BUSYBOX = "docker.io/library/busybox:latest"
@@ -50,11 +51,13 @@ class Daemon:
         self.socket = self.run_dir / "cri.sock"
         self.log = base / "daemon.log"
         self.logs.mkdir(parents=True)
+        self.network = Network(base)
         kernel = kernel or artifact("HYPERPOD_TEST_KERNEL", "kernel/build.py")
         guest = artifact("HYPERPOD_TEST_GUEST", "images/build.py")
         head, _, rest = config.partition("---")
         (base / "config.toml").write_text(
             f'state_dir = "{self.state}"\nrun_dir = "{self.run_dir}"\nlog_level = "debug"\n{head}\n'
+            f'[network]\nconf_dir = "{self.network.conf_dir}"\n'
             f'[vm]\nkernel = "{kernel}"\nguest = "{guest}"\n'
             f"default_memory_mib = 160\nscratch_mib = 512\n{rest}"
         )
@@ -148,12 +151,15 @@ class Daemon:
             self.state / "scratch",
             self.state / "sandboxes",
             self.state / "containers",
+            self.run_dir / "netns",
         ):
             if folder.is_dir():
                 left += [
                     str(path) for path in folder.iterdir() if not path.name.startswith(("template", "."))
                 ]
-        return left
+        shorts = set(re.findall(r"sandbox ([0-9a-f]{12})\b", self.text()))
+        left += [name for name in taps() if name[2:14] in shorts]
+        return left + self.network.leftovers()
 
     def destroy(self) -> None:
         """After the tests: nothing of this daemon may live on."""
@@ -161,6 +167,9 @@ class Daemon:
         for line in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(line.split()[0]), signal.SIGKILL)
+        for mount in (self.run_dir / "netns").glob("*"):
+            subprocess.run(["umount", "-l", mount], capture_output=True, check=False)
+        self.network.destroy()
         shutil.rmtree(self.run_dir, ignore_errors=True)
 
     @contextlib.asynccontextmanager

@@ -8,12 +8,14 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Sequence
 
 from hyperpod.agent import linux, rootfs
 from hyperpod.agent.cgroups import ROOT as CGROUP_ROOT
 from hyperpod.agent.cgroups import Cgroups
 from hyperpod.agent.crun import Crun
 from hyperpod.agent.layout import Layout
+from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import InvalidArgument
 
 log = logging.getLogger(__name__)
@@ -42,10 +44,17 @@ class Place:
         self.layout, self._ended = layout, ended
         self._crun_version: str | None = None
 
-    async def greet(self, now_ns: int, entropy: bytes, hostname: str, sysctls: dict[str, str]) -> None:
-        """Take what Hello brings. A host agent shares its kernel: it takes nothing but refuses sysctls."""
-        if sysctls:
-            raise InvalidArgument("a host agent sets no sysctls")
+    async def greet(
+        self,
+        now_ns: int,
+        entropy: bytes,
+        hostname: str,
+        sysctls: dict[str, str],
+        interfaces: Sequence[v1.NetworkInterface],
+    ) -> None:
+        """Take what Hello brings. A host agent shares its kernel: what would change it is refused."""
+        if sysctls or interfaces:
+            raise InvalidArgument("a host agent sets no sysctls and no network")
 
     def set_clock(self, ns: int) -> None:
         """Nothing on a host."""
@@ -117,7 +126,14 @@ class GuestPlace(Place):
         phase("scratch")
         return layout, cgroups
 
-    async def greet(self, now_ns: int, entropy: bytes, hostname: str, sysctls: dict[str, str]) -> None:
+    async def greet(
+        self,
+        now_ns: int,
+        entropy: bytes,
+        hostname: str,
+        sysctls: dict[str, str],
+        interfaces: Sequence[v1.NetworkInterface],
+    ) -> None:
         self.set_clock(now_ns)
         if entropy:
             linux.add_entropy(entropy[:ENTROPY_LIMIT])
@@ -126,6 +142,11 @@ class GuestPlace(Place):
                 socket.sethostname(hostname)
             except OSError as exc:
                 raise InvalidArgument(f"hostname {hostname[:80]!r}: {exc.strerror}") from exc
+        if interfaces:
+            from hyperpod.agent import network
+
+            network.configure(interfaces)
+        # After the network: a pod's settings of its interfaces are meant for those that are there.
         for name, value in sysctls.items():
             set_sysctl(name, value)
 

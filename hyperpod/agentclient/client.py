@@ -27,6 +27,7 @@ from hyperpod.errors import (
     Unavailable,
 )
 from hyperpod.logs import printable
+from hyperpod.model.network import GuestInterface
 from hyperpod.vsock.dial import Endpoint
 from hyperpod.vsock.open import CONTROL_PORT, open_agent
 
@@ -76,9 +77,20 @@ class AgentClient:
     # -- calls --------------------------------------------------------------------------------------------
 
     async def hello(
-        self, *, host_time_ns: int, entropy: bytes, hostname: str, sysctls: Mapping[str, str]
+        self,
+        *,
+        host_time_ns: int,
+        entropy: bytes,
+        hostname: str,
+        sysctls: Mapping[str, str],
+        interfaces: Sequence[GuestInterface] = (),
+        resolv_conf: str = "",
+        hosts: str = "",
     ) -> HelloInfo:
-        """First call of a connection; sets the guest's clock, hostname and sysctls."""
+        """First call of a connection; sets the guest's clock, hostname, network and sysctls.
+
+        Raises InvalidArgument for a sysctl or an address that the guest's kernel does not take.
+        """
         answer = await self._call(
             lambda stub: stub.hello,
             v1.HelloRequest(
@@ -87,6 +99,9 @@ class AgentClient:
                 entropy=entropy,
                 hostname=hostname,
                 sysctls=dict(sysctls),
+                interfaces=[_interface(interface) for interface in interfaces],
+                resolv_conf=resolv_conf,
+                hosts=hosts,
             ),
             SHORT,
         )
@@ -222,6 +237,17 @@ def _mapped(what: str) -> Iterator[None]:
         raise Unavailable(f"the connection to the agent broke during {what}: {exc!s:.200}") from exc
     except (GrpcProtocolError, H2Error, AssertionError, KeyError, ValueError) as exc:
         raise GuestError(f"the agent's answer to {what} is malformed: {printable(repr(exc), 200)}") from exc
+
+
+def _interface(value: GuestInterface) -> v1.NetworkInterface:
+    return v1.NetworkInterface(
+        name=value.name,
+        mac=value.mac,
+        mtu=value.mtu,
+        addresses=list(value.addresses),
+        routes=[v1.Route(**route.model_dump()) for route in value.routes],
+        neighbours=[v1.Neighbour(**neighbour.model_dump()) for neighbour in value.neighbours],
+    )
 
 
 def _code(value: int) -> int:

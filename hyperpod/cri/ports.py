@@ -8,6 +8,7 @@ from hyperpod.container.execsync import ExecRunner
 from hyperpod.container.manager import ContainerManager
 from hyperpod.image.store import ImageStore
 from hyperpod.sandbox.manager import SandboxManager
+from hyperpod.sandbox.network import PodNetworks
 
 
 @dataclass(frozen=True)
@@ -18,3 +19,4 @@ class Ports:
     containers: ContainerManager
     execs: ExecRunner
     images: ImageStore
+    networks: PodNetworks

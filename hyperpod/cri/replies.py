@@ -96,7 +96,7 @@ def pod_status(
 ) -> cri.PodSandboxStatusResponse:
     """The options of the namespaces are the request's: the kubelet makes the sandbox anew otherwise.
 
-    `network` stays absent: with an empty address in it the kubelet would make the sandbox anew as well."""
+    A stopped pod has no `network`: nothing answers at its addresses."""
     config = sandbox.record.config
     options = _namespaces(config.namespaces)
     return cri.PodSandboxStatusResponse(
@@ -105,6 +105,7 @@ def pod_status(
             metadata=_pod_metadata(config.metadata),
             state=_pod_state(sandbox),
             created_at=sandbox.record.created_at,
+            network=_pod_network(sandbox),
             linux=cri.LinuxPodSandboxStatus(namespaces=cri.Namespace(options=options)),
             labels=config.labels,
             annotations=config.annotations,
@@ -116,10 +117,19 @@ def pod_status(
     )
 
 
+def _pod_network(sandbox: Sandbox) -> cri.PodSandboxNetworkStatus | None:
+    network = sandbox.status.network
+    if network is None or not sandbox.ready:
+        return None
+    first, *others = network.addresses
+    return cri.PodSandboxNetworkStatus(ip=first, additional_ips=[cri.PodIp(ip=ip) for ip in others])
+
+
 def _pod_info(sandbox: Sandbox) -> dict[str, str]:
     record, status = sandbox.record, sandbox.status
     return {
         "timings": _json(**status.timings),
+        "network": _json(**(status.network.model_dump() if status.network else {})),
         "vm": _json(
             domain=record.domain,
             domain_uuid=record.domain_uuid,

@@ -14,6 +14,7 @@ from hyperpod.cri import convert, replies
 from hyperpod.cri.codec import ListCodec
 from hyperpod.cri.guard import guarded
 from hyperpod.cri.ports import Ports
+from hyperpod.errors import NetworkError
 from hyperpod.hypervisor.base import Hypervisor
 from hyperpod.sandbox.manager import HANDLERS
 
@@ -43,12 +44,7 @@ class RuntimeService(cri.RuntimeServiceBase):
     async def status(self, message: cri.StatusRequest) -> cri.StatusResponse:
         conditions = [
             cri.RuntimeCondition(type="RuntimeReady", status=True),
-            cri.RuntimeCondition(
-                type="NetworkReady",
-                status=True,
-                reason="LoopbackOnly",
-                message="pods have a loopback interface and no other network yet",
-            ),
+            await self._network_condition(),
         ]
         return cri.StatusResponse(
             status=cri.RuntimeStatus(conditions=conditions),
@@ -58,6 +54,16 @@ class RuntimeService(cri.RuntimeServiceBase):
             ],
             features=cri.RuntimeFeatures(),
         )
+
+    async def _network_condition(self) -> cri.RuntimeCondition:
+        """Not ready keeps the kubelet from starting pods; the words are what `kubectl describe node` shows."""
+        try:
+            network = await self._ports.networks.cni.status()
+        except NetworkError as exc:
+            return cri.RuntimeCondition(
+                type="NetworkReady", status=False, reason="NetworkPluginNotReady", message=str(exc)
+            )
+        return cri.RuntimeCondition(type="NetworkReady", status=True, message=f"CNI network {network.name}")
 
     def _facts(self) -> str:
         facts = self._hypervisor.facts()

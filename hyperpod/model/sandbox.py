@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from hyperpod.model.base import Record
+from hyperpod.model.network import PodNetwork
 from hyperpod.model.security import LinuxResources, NamespaceOptions, SeccompKind
 
 
@@ -132,6 +133,8 @@ class SandboxStatus(Record):
     timings: dict[str, float] = {}
     stopped_at: int = 0
     guest_facts: dict[str, str] = {}
+    network: PodNetwork | None = None
+    """Set while the pod is in its network."""
 
     def to(self, phase: SandboxPhase, **changes: object) -> SandboxStatus:
         """The next status. Raises ValueError for a transition that the table does not have."""

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from hyperpod import failpoints
@@ -18,13 +19,15 @@ from hyperpod.hypervisor.base import Hypervisor
 from hyperpod.hypervisor.scratch import ScratchDisks
 from hyperpod.logs import printable
 from hyperpod.model.base import now_ns
+from hyperpod.model.network import PodNetwork
 from hyperpod.model.sandbox import SandboxConfig
 from hyperpod.sandbox.cgroup import SandboxCgroups, qemu_pid
 from hyperpod.sandbox.live import LiveSandbox
+from hyperpod.sandbox.network import PodNetworks
 from hyperpod.sandbox.phases import Phases
 from hyperpod.shimclient.client import ShimClient
 from hyperpod.spec.cgroup import sandbox_folder
-from hyperpod.spec.domain import DomainSpec
+from hyperpod.spec.domain import DomainSpec, Nic
 from hyperpod.supervisor.client import SupervisorClient
 
 log = logging.getLogger(__name__)
@@ -33,6 +36,10 @@ SHIM_TIMEOUT = 20.0
 """Seconds for a shim to listen: a fork, plus what a loaded host adds."""
 
 DESTROY_TIMEOUT = 30.0
+
+
+DEFAULT_SYSCTLS = {"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "0 2147483647"}
+"""As other runtimes give them: a pod's ports and pings are its own affair. The pod's own settings win."""
 
 
 HOSTNAME_LIMIT = 63
@@ -44,6 +51,15 @@ def hostname(config: SandboxConfig) -> str:
     return config.hostname or config.metadata.name[:HOSTNAME_LIMIT].rstrip("-.") or "pod"
 
 
+@dataclass(frozen=True)
+class Built:
+    """What a started VM has told and cost."""
+
+    hello: HelloInfo
+    phases: Phases
+    network: PodNetwork
+
+
 class VmBuilder:
     """Makes and unmakes the host-side things of one VM."""
 
@@ -53,19 +69,25 @@ class VmBuilder:
         hypervisor: Hypervisor,
         supervisor: SupervisorClient,
         scratch: ScratchDisks,
+        networks: PodNetworks,
+        *,
         instance_id: str,
     ) -> None:
         self.config, self.hypervisor, self.supervisor = config, hypervisor, supervisor
-        self.scratch, self.instance_id = scratch, instance_id
+        self.scratch, self.networks, self.instance_id = scratch, networks, instance_id
         self.cgroups = SandboxCgroups()
 
     def scratch_path(self, sandbox: LiveSandbox) -> Path:
         return self.config.state_dir / "scratch" / f"{sandbox.id}.raw"
 
-    async def build(self, sandbox: LiveSandbox) -> tuple[HelloInfo, Phases]:
-        """From a written record to an agent that answers. Raises BootError; the caller then tears down."""
+    async def build(self, sandbox: LiveSandbox) -> Built:
+        """From a written record to an agent that answers.
+
+        Raises BootError, NetworkError or InvalidArgument; the caller then tears down."""
         phases, record = Phases(), sandbox.record
         try:
+            with phases("network"):
+                network = await self.networks.attach(record)
             with phases("scratch"):
                 await self.scratch.create(
                     self.scratch_path(sandbox), self.config.vm.scratch_mib, record.uid, record.gid
@@ -76,15 +98,16 @@ class VmBuilder:
                 await self.start_shim(sandbox, resume=False)
                 failpoints.passing("sandbox.shim")
             with phases("domain"):
-                await self.hypervisor.create(self.domain_spec(sandbox))
+                await self.hypervisor.create(self.domain_spec(sandbox, network))
                 await self.place_qemu(sandbox)
                 failpoints.passing("sandbox.domain")
+                await self.networks.plug(record, network)
             with phases("kernel+agent"):
-                hello = await self.wait_for_agent(sandbox)
+                hello = await self.wait_for_agent(sandbox, network)
                 failpoints.passing("sandbox.agent")
         except BootError as exc:
             raise BootError(exc.phase, exc.cause, exc.console or await self.console(sandbox)) from exc
-        return hello, phases
+        return Built(hello, phases, network)
 
     def make_directory(self, sandbox: LiveSandbox) -> None:
         """The shim's folder: 0700 and the sandbox user's before any socket is made in it."""
@@ -135,7 +158,7 @@ class VmBuilder:
         await shim.agent(sandbox.endpoint, sandbox.record.token)
         sandbox.shim = shim
 
-    def domain_spec(self, sandbox: LiveSandbox) -> DomainSpec:
+    def domain_spec(self, sandbox: LiveSandbox, network: PodNetwork) -> DomainSpec:
         record, size = sandbox.record, sandbox.record.size
         return DomainSpec(
             name=record.domain,
@@ -157,9 +180,10 @@ class VmBuilder:
             vsock_cid=record.cid if record.vsock == "kernel" else None,
             uid=record.uid,
             gid=record.gid,
+            nics=tuple(Nic(mac=x.mac, tap=x.tap, mtu=x.mtu) for x in network.interfaces),
         )
 
-    async def wait_for_agent(self, sandbox: LiveSandbox) -> HelloInfo:
+    async def wait_for_agent(self, sandbox: LiveSandbox, network: PodNetwork) -> HelloInfo:
         """Dial until the agent answers, the VM dies, or the boot timeout is over."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.config.vm.boot_timeout
@@ -176,7 +200,8 @@ class VmBuilder:
                 host_time_ns=now_ns(),
                 entropy=os.urandom(64),
                 hostname=hostname(sandbox.record.config),
-                sysctls=sandbox.record.config.sysctls,
+                sysctls={**DEFAULT_SYSCTLS, **sandbox.record.config.sysctls},
+                interfaces=network.interfaces,
             )
         finally:
             for task in (connect, gone):
@@ -193,7 +218,9 @@ class VmBuilder:
             return ""
 
     async def tear_down(self, sandbox: LiveSandbox) -> None:
-        """Undo everything on the host; safe to repeat. Raises only when the VM cannot be destroyed."""
+        """Undo everything on the host but the network; safe to repeat.
+
+        Raises only when the VM cannot be destroyed."""
         await sandbox.session.close()
         try:
             async with asyncio.timeout(DESTROY_TIMEOUT):

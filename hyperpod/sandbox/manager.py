@@ -139,18 +139,25 @@ class SandboxManager:
         try:
             await self.store.create(ident, record, sandbox.status)
             failpoints.passing("sandbox.recorded")
-            hello, phases = await self.builder.build(sandbox)
+            built = await self.builder.build(sandbox)
         except (HyperpodError, OSError) as exc:
             log.error("sandbox %s (%s) failed: %s", sandbox.short, config.metadata.key, exc)
             await self._roll_back(sandbox, str(exc))
             raise
+        hello, phases = built.hello, built.phases
         facts = {
             "kernel": hello.kernel_release,
             "boot_id": hello.boot_id,
             "agent": hello.agent_version,
             "crun": hello.crun_version,
         }
-        await self._set(sandbox, SandboxPhase.READY, timings=phases.seconds, guest_facts=facts)
+        await self._set(
+            sandbox,
+            SandboxPhase.READY,
+            timings=phases.seconds,
+            guest_facts=facts,
+            network=built.network,
+        )
         failpoints.passing("sandbox.ready")
         self._watch(sandbox)
         log.info(
@@ -164,6 +171,7 @@ class SandboxManager:
         """Undo a failed start. What cannot be undone keeps its record, as a sandbox that wants to be removed."""
         try:
             await self.builder.tear_down(sandbox)
+            await self.builder.networks.detach(sandbox.id)
         except (HyperpodError, OSError) as exc:
             log.error("sandbox %s could not be undone: %s", sandbox.short, exc)
             await self._set(sandbox, SandboxPhase.STOPPING, message=why)
@@ -258,9 +266,11 @@ class SandboxManager:
         await self._end_tasks(sandbox)
         await self.builder.tear_down(sandbox)
         await self.listener.sandbox_stopped(sandbox, sandbox.gone_detail)
+        await self.builder.networks.detach(sandbox.id)
         await self._set(
             sandbox,
             SandboxPhase.STOPPED,
+            network=None,
             stopped_at=now_ns(),
             message=sandbox.gone_detail or sandbox.status.message,
         )
@@ -305,8 +315,7 @@ class SandboxManager:
         phase = sandbox.status.phase
         if phase is SandboxPhase.CREATING:
             log.warning("sandbox %s was being made when the daemon ended; undoing it", sandbox.short)
-            await self.builder.tear_down(sandbox)
-            await self._forget(sandbox)
+            await self._roll_back(sandbox, "the daemon ended while it was being made")
         elif phase is SandboxPhase.REMOVING:
             await self.listener.sandbox_removing(sandbox)
             await self._forget(sandbox)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hyperpod.errors import BootError, HyperpodError
+from hyperpod.errors import BootError, HyperpodError, InvalidArgument, NetworkError
 
 
 class Phases:
@@ -20,7 +20,7 @@ class Phases:
         start = time.monotonic()
         try:
             yield
-        except BootError:
+        except (BootError, InvalidArgument, NetworkError):  # these name what is wrong, and say it with a code
             raise
         except (HyperpodError, OSError, TimeoutError) as exc:
             raise BootError(name, str(exc) or type(exc).__name__) from exc

@@ -50,6 +50,15 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class Nic:
+    """A virtio network card. libvirt makes the tap on the host; who made the domain moves it from there."""
+
+    mac: str
+    tap: str
+    mtu: int
+
+
+@dataclass(frozen=True)
 class DomainSpec:
     """All that a VM is made of. Sizes in MiB; paths absolute.
 
@@ -77,6 +86,7 @@ class DomainSpec:
     vsock_cid: int | None
     uid: int
     gid: int
+    nics: tuple[Nic, ...] = ()
 
 
 def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: str) -> ET.Element:
@@ -201,11 +211,22 @@ def _devices(devices: ET.Element, spec: DomainSpec) -> None:
         source = _add(serial, "source", mode="connect", path=spec.console_socket)
         _add(source, "reconnect", enabled="yes", timeout="1")
         _add(serial, "target", port="0")
+    for nic in spec.nics:
+        _nic(devices, nic)
     if spec.vsock_cid is not None:
         _add(_add(devices, "vsock", model="virtio"), "cid", auto="no", address=str(spec.vsock_cid))
     _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
     _add(devices, "panic", model="isa")  # tells a kernel panic from a power-off
     _add(devices, "memballoon", model="virtio", freePageReporting="on")
+
+
+def _nic(devices: ET.Element, nic: Nic) -> None:
+    interface = _add(devices, "interface", type="ethernet")
+    _add(interface, "mac", address=nic.mac)
+    _add(interface, "target", dev=nic.tap, managed="yes")
+    _add(interface, "mtu", size=str(nic.mtu))
+    _add(interface, "model", type="virtio")
+    _add(interface, "rom", enabled="no")  # nothing boots from it, and loading it takes time
 
 
 def _vhost_user_vsock(domain: ET.Element, path: str) -> None:

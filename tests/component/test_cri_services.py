@@ -59,7 +59,9 @@ async def client() -> AsyncIterator[Client]:
         layout = kit.write_layout(base / "layout", kit.image(kit.tar(kit.Item("one", b"1" * 5000))), "box:1")
         config = Config(state_dir=base / "s", run_dir=base / "r", cgroup_driver="systemd")
         async with opened(base / "s") as store:
-            ports = Ports(sandboxes=NOWHERE, containers=NOWHERE, execs=NOWHERE, images=store)
+            ports = Ports(
+                sandboxes=NOWHERE, containers=NOWHERE, execs=NOWHERE, images=store, networks=NOWHERE
+            )
             services = [
                 RuntimeService(ports, config, NOWHERE),
                 ImageService(ports, config),

@@ -21,12 +21,15 @@ __all__ = (
     "Layer",
     "ListContainersRequest",
     "ListContainersResponse",
+    "Neighbour",
+    "NetworkInterface",
     "RemoveContainerRequest",
     "RemoveContainerResponse",
     "RemoveExecRequest",
     "RemoveExecResponse",
     "ResizeTtyRequest",
     "ResizeTtyResponse",
+    "Route",
     "SetClockRequest",
     "SetClockResponse",
     "ShutdownRequest",
@@ -209,6 +212,18 @@ class HelloRequest(betterproto2.Message):
     Names with dots; a guest sets them under /proc/sys.
     """
 
+    interfaces: "list[NetworkInterface]" = betterproto2.field(6, betterproto2.TYPE_MESSAGE, repeated=True)
+    """
+    A guest configures its network cards, found by their MAC; a host agent takes none.
+    """
+
+    resolv_conf: "str" = betterproto2.field(7, betterproto2.TYPE_STRING)
+    """
+    Contents of files that every container of the pod gets unless it mounts its own; empty: none.
+    """
+
+    hosts: "str" = betterproto2.field(8, betterproto2.TYPE_STRING)
+
 
 default_message_pool.register_message("hyperpod.agent.v1", "HelloRequest", HelloRequest)
 
@@ -294,6 +309,40 @@ default_message_pool.register_message("hyperpod.agent.v1", "ListContainersRespon
 
 
 @dataclass(eq=False, repr=False)
+class Neighbour(betterproto2.Message):
+    address: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    mac: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "Neighbour", Neighbour)
+
+
+@dataclass(eq=False, repr=False)
+class NetworkInterface(betterproto2.Message):
+    name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    mac: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+    mtu: "int" = betterproto2.field(3, betterproto2.TYPE_UINT32)
+
+    addresses: "list[str]" = betterproto2.field(4, betterproto2.TYPE_STRING, repeated=True)
+    """
+    With prefix length.
+    """
+
+    routes: "list[Route]" = betterproto2.field(5, betterproto2.TYPE_MESSAGE, repeated=True)
+    """
+    In an order in which each can be added.
+    """
+
+    neighbours: "list[Neighbour]" = betterproto2.field(6, betterproto2.TYPE_MESSAGE, repeated=True)
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "NetworkInterface", NetworkInterface)
+
+
+@dataclass(eq=False, repr=False)
 class RemoveContainerRequest(betterproto2.Message):
     id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
 
@@ -347,6 +396,34 @@ class ResizeTtyResponse(betterproto2.Message):
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "ResizeTtyResponse", ResizeTtyResponse)
+
+
+@dataclass(eq=False, repr=False)
+class Route(betterproto2.Message):
+    destination: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    Address and prefix length.
+    """
+
+    gateway: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+    """
+    Empty: on the link.
+    """
+
+    source: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+    """
+    Preferred source address, or empty.
+    """
+
+    metric: "int" = betterproto2.field(4, betterproto2.TYPE_UINT32)
+
+    onlink: "bool" = betterproto2.field(5, betterproto2.TYPE_BOOL)
+    """
+    The gateway need not be in a network of the interface.
+    """
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "Route", Route)
 
 
 @dataclass(eq=False, repr=False)

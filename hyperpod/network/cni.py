@@ -1,0 +1,142 @@
+"""Calls the plugins of a network: ADD in order, DEL in reverse, CHECK, STATUS (specification, section 2).
+
+An Attachment goes in and out: the caller writes it down before ADD and after it, and DEL needs nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from hyperpod.errors import NetworkError
+from hyperpod.logs import printable
+from hyperpod.model.network import Attachment, CniResult
+from hyperpod.network.confdir import ConfDir
+from hyperpod.network.process import Finished, run
+from hyperpod.spec.cni import (
+    Conflist,
+    Plugin,
+    decode,
+    parse_conflist,
+    parse_error,
+    parse_result,
+    plugin_input,
+)
+
+log = logging.getLogger(__name__)
+
+STATUS_TIMEOUT = 5.0
+_OURS = ("CNI_", "HYPERPOD_", "NOTIFY_")
+"""Variables of our environment that are not handed on."""
+
+
+class Cni:
+    """`timeout`: seconds for one plugin."""
+
+    def __init__(self, conf: ConfDir, timeout: float) -> None:
+        self.conf, self.timeout = conf, timeout
+
+    async def status(self) -> Conflist:
+        """The network that a new pod would join, ready to be joined. Raises NetworkError with the reason."""
+        network = self.conf.current()
+        if network.supports("1.1.0"):
+            for plugin in network.plugins:
+                await self._call("STATUS", network, plugin, {}, timeout=STATUS_TIMEOUT)
+        return network
+
+    async def add(self, attachment: Attachment) -> tuple[Attachment, CniResult]:
+        """Join; the attachment with its result. A failure leaves things behind: call `delete` then."""
+        network = _network(attachment)
+        runtime = json.loads(attachment.runtime)
+        previous: dict[str, Any] | None = None
+        for plugin in network.plugins:
+            done = await self._call(
+                "ADD", network, plugin, _variables(attachment), previous=previous, runtime=runtime
+            )
+            previous = decode(_name("ADD", network, plugin), done.stdout)
+            parse_result(_name("ADD", network, plugin), previous)
+        assert previous is not None, "a conflist has a plugin"
+        result = parse_result(network.source, previous)
+        return attachment.model_copy(update={"result": json.dumps(previous)}), result
+
+    async def delete(self, attachment: Attachment, *, netns: str) -> None:
+        """Leave; every plugin in reverse order, also when ADD was cut short. `netns` is empty when it is gone.
+
+        The first failure ends it, for a later plugin may need what is still there. Raises NetworkError.
+        """
+        network = _network(attachment)
+        variables = _variables(attachment) | {"CNI_NETNS": netns}
+        # 0.3.x has no prevResult for DEL (section 2 of its specification)
+        keep = attachment.result and network.supports("0.4.0")
+        previous = decode("the stored result", attachment.result) if keep else None
+        runtime = json.loads(attachment.runtime)
+        for plugin in reversed(network.plugins):
+            await self._call("DEL", network, plugin, variables, previous=previous, runtime=runtime)
+
+    async def check(self, attachment: Attachment) -> None:
+        """Whether the network is as ADD left it. Raises NetworkError that says what is not."""
+        network = _network(attachment)
+        if network.disable_check or not network.supports("0.4.0") or not attachment.result:
+            return
+        previous, runtime = decode("the stored result", attachment.result), json.loads(attachment.runtime)
+        for plugin in network.plugins:
+            await self._call(
+                "CHECK", network, plugin, _variables(attachment), previous=previous, runtime=runtime
+            )
+
+    async def _call(
+        self,
+        command: str,
+        network: Conflist,
+        plugin: Plugin,
+        variables: Mapping[str, str],
+        *,
+        previous: Mapping[str, Any] | None = None,
+        runtime: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> Finished:
+        what = _name(command, network, plugin)
+        done = await run(
+            [self.conf.program(plugin.type, network.source)],
+            what=what,
+            stdin=plugin_input(network, plugin, previous, runtime or {}),
+            env=self._environment() | {"CNI_COMMAND": command, **variables},
+            timeout=timeout or self.timeout,
+        )
+        if done.stderr:
+            log.debug("%s: %s", what, printable(done.stderr, 1000))
+        if done.code < 0:
+            raise NetworkError(f"{what} was killed by signal {-done.code}{_words(done)}")
+        if done.code:
+            raise NetworkError(f"{what} failed{_words(done) or f' with exit code {done.code}'}")
+        return done
+
+    def _environment(self) -> dict[str, str]:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(_OURS)}
+        kept.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        return kept | {"CNI_PATH": ":".join(map(str, self.conf.bin_dirs))}
+
+
+def _network(attachment: Attachment) -> Conflist:
+    return parse_conflist(attachment.source, attachment.conflist)
+
+
+def _name(command: str, network: Conflist, plugin: Plugin) -> str:
+    return f"CNI plugin {plugin.type} of network {network.name} ({command})"
+
+
+def _variables(attachment: Attachment) -> dict[str, str]:
+    return {
+        "CNI_CONTAINERID": attachment.container_id,
+        "CNI_NETNS": attachment.netns,
+        "CNI_IFNAME": attachment.ifname,
+        "CNI_ARGS": attachment.args,
+    }
+
+
+def _words(done: Finished) -> str:
+    words = parse_error(done.stdout) or printable(done.stderr, 500).strip()
+    return f": {words}" if words else ""

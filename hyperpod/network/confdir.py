@@ -1,0 +1,87 @@
+"""The network configuration folder: the first file in lexical order decides, read again when the folder changed.
+
+A first file that cannot be read is an error and not a reason to take the second: that may be another network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hyperpod.errors import NetworkError
+from hyperpod.spec.cni import MAX_DOCUMENT, Conflist, parse_conflist
+
+SUFFIXES = (".conflist", ".conf", ".json")
+
+
+class ConfDir:
+    """`conf_dir`: usually /etc/cni/net.d. `bin_dirs`: where the plugins are, searched in order."""
+
+    def __init__(self, conf_dir: Path, bin_dirs: Sequence[Path]) -> None:
+        self.conf_dir, self.bin_dirs = conf_dir, tuple(bin_dirs)
+        self._signature: tuple[object, ...] | None = None
+        self._found: Conflist | NetworkError = NetworkError("not read yet")
+
+    def current(self) -> Conflist:
+        """The network that new pods join. Raises NetworkError that names the file or folder, and the mend."""
+        files = self._files()
+        signature = tuple(_facts(path) for path in files[:1])
+        if signature != self._signature or not files:
+            self._found = self._read(files)
+            self._signature = signature
+        if isinstance(self._found, NetworkError):
+            raise self._found
+        self._need_plugins(self._found)
+        return self._found
+
+    def _files(self) -> list[Path]:
+        with contextlib.suppress(OSError):
+            names = sorted(os.listdir(self.conf_dir))
+            return [self.conf_dir / name for name in names if name.endswith(SUFFIXES)]
+        return []
+
+    def _read(self, files: list[Path]) -> Conflist | NetworkError:
+        if not files:
+            return NetworkError(
+                f"no CNI network: {self.conf_dir} has no file that ends in {', '.join(SUFFIXES)}; "
+                "install a network add-on, or put a conflist there (deploy/ has one)"
+            )
+        path = files[0]
+        try:
+            with path.open("rb") as file:
+                raw = file.read(MAX_DOCUMENT + 1)
+            return parse_conflist(str(path), raw.decode())
+        except OSError as exc:
+            return NetworkError(f"{path}: {exc.strerror}")
+        except UnicodeDecodeError:
+            return NetworkError(f"{path}: not UTF-8")
+        except NetworkError as exc:
+            return NetworkError(f"{exc}; mend or remove this file")
+
+    def _need_plugins(self, network: Conflist) -> None:
+        """Looked up each time: an add-on's installer copies its plugins after its configuration."""
+        for plugin in network.plugins:
+            for name in plugin.programs:
+                self.program(name, network.source)
+
+    def program(self, name: str, source: str) -> str:
+        """The path of a plugin. Raises NetworkError that names it and where it was looked for."""
+        for folder in self.bin_dirs:
+            path = folder / name
+            if os.access(path, os.X_OK) and path.is_file():
+                return str(path)
+        places = ", ".join(map(str, self.bin_dirs))
+        raise NetworkError(
+            f"CNI plugin {name!r}, which {source} wants, is not in {places}; install it there "
+            "(Debian: containernetworking-plugins), or set network.bin_dirs"
+        )
+
+
+def _facts(path: Path) -> tuple[object, ...]:
+    """Changes whenever the file does."""
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        return str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return str(path), None

@@ -1,0 +1,123 @@
+"""The network of each sandbox: namespace, CNI attachment and taps, made in this order and undone in reverse.
+
+`network.json` in the sandbox's record folder is written before ADD and again with its result, so DEL always knows
+what ADD used, after a crash, a change of the configuration, or a reboot. It goes when DEL has succeeded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from hyperpod import failpoints
+from hyperpod.config import NetworkConfig
+from hyperpod.errors import NetworkError
+from hyperpod.model.network import Attachment, CniResult, PodNetwork
+from hyperpod.model.sandbox import SandboxRecord
+from hyperpod.network import links, tap
+from hyperpod.network.cni import Cni
+from hyperpod.network.confdir import ConfDir
+from hyperpod.network.netns import Namespaces
+from hyperpod.spec import podnet
+from hyperpod.store.records import write_atomic
+
+log = logging.getLogger(__name__)
+
+
+class PodNetworks:
+    """`folder` gives the record folder of a sandbox's id. Every coroutine raises hyperpod errors only."""
+
+    def __init__(self, config: NetworkConfig, run_dir: Path, folder: Callable[[str], Path]) -> None:
+        self.cni = Cni(ConfDir(config.conf_dir, config.bin_dirs), config.plugin_timeout)
+        self.namespaces = Namespaces(run_dir)
+        self._folder = folder
+
+    def _file(self, sandbox_id: str) -> Path:
+        return self._folder(sandbox_id) / "network.json"
+
+    async def attach(self, record: SandboxRecord) -> PodNetwork:
+        """Make the namespace and let the plugins fill it. A failure leaves things: call `detach` then."""
+        network = self.cni.conf.current()
+        runtime = podnet.runtime(record.config)
+        for capability in ("portMappings", "bandwidth"):
+            if capability in runtime and not network.has(capability):
+                log.warning(
+                    "sandbox %s asks for %s, which no plugin of %s has",
+                    record.id[:12], capability, network.source,
+                )  # fmt: skip
+        netns = await self.namespaces.make(record.id)
+        failpoints.passing("sandbox.netns")
+        attachment = Attachment(
+            source=network.source,
+            conflist=network.text,
+            container_id=record.id,
+            netns=str(netns),
+            args=podnet.arguments(record.config, record.id),
+            runtime=podnet.runtime_json(record.config),
+        )
+        await self._write(record.id, attachment)
+        attachment, result = await self.cni.add(attachment)
+        failpoints.passing("sandbox.cni")
+        await self._write(record.id, attachment)
+        addresses = _addresses(result, attachment.ifname)
+        if not addresses:
+            raise NetworkError(f"the plugins of {network.source} gave {attachment.ifname} no address")
+        interfaces = await self.namespaces.run(netns, lambda: links.read_interfaces(record.id))
+        failpoints.passing("sandbox.network")
+        return PodNetwork(name=network.name, addresses=addresses, interfaces=interfaces)
+
+    async def plug(self, record: SandboxRecord, network: PodNetwork) -> None:
+        """The domain runs: join its taps to the interfaces."""
+        path = str(self.namespaces.path(record.id))
+        await tap.connect(self.namespaces, path, network.interfaces)
+        failpoints.passing("sandbox.tap")
+
+    async def detach(self, sandbox_id: str) -> None:
+        """Undo all of it; safe to repeat, and fine when nothing is there. Raises NetworkError when DEL fails:
+        then everything is kept for the next try."""
+        if (attachment := await asyncio.to_thread(self._read, sandbox_id)) is not None:
+            alive = self.namespaces.alive(attachment.netns)
+            try:
+                await self.cni.delete(attachment, netns=attachment.netns if alive else "")
+            except NetworkError as exc:
+                raise NetworkError(f"the pod's network cannot be removed, stop the pod again: {exc}") from exc
+            failpoints.passing("sandbox.unplugged")
+        await self.namespaces.remove(sandbox_id)
+        await asyncio.to_thread(self._file(sandbox_id).unlink, missing_ok=True)
+
+    async def check(self, sandbox_id: str) -> None:
+        """CHECK of a running pod. Raises NetworkError that says what is not as it was made."""
+        if (attachment := await asyncio.to_thread(self._read, sandbox_id)) is not None:
+            await self.cni.check(attachment)
+
+    async def sweep(self, known: Iterable[str]) -> None:
+        """Remove namespaces of sandboxes that have no record."""
+        kept = {sandbox_id[:12] for sandbox_id in known}
+        for short in self.namespaces.known():
+            if short not in kept:
+                log.warning("network namespace %s belongs to no sandbox; removing it", short)
+                await self.namespaces.remove(short)
+
+    async def _write(self, sandbox_id: str, attachment: Attachment) -> None:
+        data = attachment.model_dump_json().encode()
+        await asyncio.to_thread(write_atomic, self._file(sandbox_id), data)
+
+    def _read(self, sandbox_id: str) -> Attachment | None:
+        path = self._file(sandbox_id)
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                return Attachment.model_validate_json(path.read_bytes())
+            except ValidationError as exc:
+                log.error("%s is damaged, so no plugin can be told to clean up: %s", path, exc)
+        return None
+
+
+def _addresses(result: CniResult, ifname: str) -> tuple[str, ...]:
+    """The first IPv4 address leads, as with other runtimes; the kubelet puts them into the node's order itself."""
+    found = result.addresses(ifname)
+    return tuple(sorted(found, key=lambda address: ":" in address))

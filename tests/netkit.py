@@ -1,0 +1,65 @@
+"""A network for one daemon under test: a conflist with the real plugins, a bridge and subnets of its own."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+from pathlib import Path
+from typing import Any
+
+VERSION = "1.0.0"
+
+
+class Network:
+    """`conf_dir` holds the conflist; addresses come out of 10.<x>.<y>.0/24 and fd00:<x>:<y>::/64."""
+
+    def __init__(self, base: Path) -> None:
+        self.ident = secrets.token_hex(4)
+        self.bridge = f"hpt{self.ident}"
+        x, y = 128 + secrets.randbelow(127), secrets.randbelow(256)
+        self.v4, self.v6 = f"10.{x}.{y}", f"fd00:{x}:{y}:"
+        self.conf_dir, self.leases = base / "net.d", base / "leases"
+        self.conf_dir.mkdir()
+        self.name = f"test-{self.ident}"
+        self.file = self.conf_dir / "10-test.conflist"
+        self.write()
+
+    def bridge_plugin(self, *, dual: bool = True, **more: Any) -> dict[str, Any]:
+        ranges = [[{"subnet": f"{self.v4}.0/24"}]]
+        routes = [{"dst": "0.0.0.0/0"}]
+        if dual:
+            ranges.append([{"subnet": f"{self.v6}:/64"}])
+            routes.append({"dst": "::/0"})
+        ipam = {"type": "host-local", "dataDir": str(self.leases), "ranges": ranges, "routes": routes}
+        plugin = {"type": "bridge", "bridge": self.bridge, "isGateway": True, "hairpinMode": True, "ipam": ipam}
+        return {**plugin, **more}
+
+    def write(self, *plugins: dict[str, Any], version: str = VERSION) -> None:
+        """Replace the conflist; without arguments the usual one."""
+        usual = (
+            self.bridge_plugin(),
+            {"type": "portmap", "capabilities": {"portMappings": True}, "snat": True},
+            {"type": "bandwidth", "capabilities": {"bandwidth": True}},
+        )
+        document = {"cniVersion": version, "name": self.name, "plugins": list(plugins or usual)}
+        self.file.write_text(json.dumps(document))
+
+    def leftovers(self) -> list[str]:
+        """Leases, interfaces on the bridge, and rules of this network's pods."""
+        left = [str(p) for p in self.leases.glob("*/*") if p.name[0].isdigit() or ":" in p.name]
+        left = [p for p in left if not Path(p).name.startswith("last_reserved_ip") and Path(p).name != "lock"]
+        ports = Path(f"/sys/class/net/{self.bridge}/brif")
+        left += [f"bridge port {p.name}" for p in ports.iterdir()] if ports.exists() else []
+        for program in ("iptables-save", "ip6tables-save"):
+            rules = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+            left += [f"{program}: {line}" for line in rules.splitlines() if self.name in line]
+        return left
+
+    def destroy(self) -> None:
+        subprocess.run(["ip", "link", "delete", self.bridge], capture_output=True, check=False)
+
+
+def taps() -> set[str]:
+    """Names of all taps of sandboxes in the host's own namespace."""
+    return {p.name for p in Path("/sys/class/net").iterdir() if p.name.startswith("hp") and len(p.name) == 15}
