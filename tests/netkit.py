@@ -32,7 +32,13 @@ class Network:
             ranges.append([{"subnet": f"{self.v6}:/64"}])
             routes.append({"dst": "::/0"})
         ipam = {"type": "host-local", "dataDir": str(self.leases), "ranges": ranges, "routes": routes}
-        plugin = {"type": "bridge", "bridge": self.bridge, "isGateway": True, "hairpinMode": True, "ipam": ipam}
+        plugin = {
+            "type": "bridge",
+            "bridge": self.bridge,
+            "isGateway": True,
+            "hairpinMode": True,
+            "ipam": ipam,
+        }
         return {**plugin, **more}
 
     def write(self, *plugins: dict[str, Any], version: str = VERSION) -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.cli.client import Client, connect
 
-SCRIPT = 'echo "hello from $(hostname), kernel $(uname -r)"; echo "to stderr" >&2; sleep 3600'
+SCRIPT = 'echo "hello from $(hostname), kernel $(uname -r)"; echo "to stderr" >&2; '
+SCRIPT += 'while :; do echo "hello over the network from $(hostname)" | nc -l -p 8080; done'
+PORT = 8080
 
 
 class Demo:
@@ -87,7 +89,30 @@ class Demo:
         )
         self.say("exec", "uname -r by ExecSync")
         print(f"             guest kernel {guest.stdout.decode().strip()}   host kernel {os.uname().release}")
+        await self._network(sandbox)
         await self._phases(sandbox)
+
+    async def _network(self, sandbox: str) -> None:
+        """Ask the pod from here, at its own address."""
+        status = await self.client.runtime.pod_sandbox_status(
+            cri.PodSandboxStatusRequest(pod_sandbox_id=sandbox)
+        )
+        assert status.status is not None and status.status.network is not None
+        network = status.status.network
+        addresses = [network.ip, *(other.ip for other in network.additional_ips)]
+        self.say("network", f"the pod's addresses: {', '.join(addresses)}")
+        for _ in range(50):
+            try:
+                async with asyncio.timeout(5):
+                    reader, writer = await asyncio.open_connection(network.ip, PORT)
+                    answer = await reader.readline()
+                    writer.close()
+            except OSError:  # the script has not come that far, or the image has no nc
+                await asyncio.sleep(0.1)
+            else:
+                self.say("answer", f"from {network.ip}:{PORT}: {answer.decode(errors='replace').strip()}")
+                return
+        self.say("answer", f"none from {network.ip}:{PORT}: does the image have no nc?")
 
     async def _lines(self, count: int) -> list[str]:
         path = Path(self.logs) / "main.log"

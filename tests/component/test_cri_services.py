@@ -16,12 +16,13 @@ from grpclib.exceptions import GRPCError
 
 from hyperpod.api.gen.hyperpod.admin.v1 import AdminStub, LoadRequest
 from hyperpod.api.gen.runtime import v1 as cri
-from hyperpod.config import Config
+from hyperpod.config import Config, NetworkConfig
 from hyperpod.cri.admin_service import AdminService
 from hyperpod.cri.image_service import ImageService
 from hyperpod.cri.ports import Ports
 from hyperpod.cri.runtime_service import RuntimeService
 from hyperpod.rpc.server import RpcServer
+from hyperpod.sandbox.network import PodNetworks
 from tests import imagekit as kit
 from tests.component.imagestore import opened, passable_folder
 
@@ -59,8 +60,11 @@ async def client() -> AsyncIterator[Client]:
         layout = kit.write_layout(base / "layout", kit.image(kit.tar(kit.Item("one", b"1" * 5000))), "box:1")
         config = Config(state_dir=base / "s", run_dir=base / "r", cgroup_driver="systemd")
         async with opened(base / "s") as store:
+            networks = PodNetworks(
+                NetworkConfig(conf_dir=base / "net.d"), config.run_dir, lambda ident: base / ident
+            )
             ports = Ports(
-                sandboxes=NOWHERE, containers=NOWHERE, execs=NOWHERE, images=store, networks=NOWHERE
+                sandboxes=NOWHERE, containers=NOWHERE, execs=NOWHERE, images=store, networks=networks
             )
             services = [
                 RuntimeService(ports, config, NOWHERE),
@@ -132,8 +136,11 @@ async def test_who_we_are(client: Client) -> None:
     assert reply.status is not None
     assert {(c.type, c.status) for c in reply.status.conditions} == {
         ("RuntimeReady", True),
-        ("NetworkReady", True),
+        ("NetworkReady", False),
     }
+    [network] = [c for c in reply.status.conditions if c.type == "NetworkReady"]
+    assert network.reason == "NetworkPluginNotReady"
+    assert "no CNI network" in network.message and "/net.d" in network.message
     assert [handler.name for handler in reply.runtime_handlers] == ["", "vm"]
     driver = (await client.runtime.runtime_config(cri.RuntimeConfigRequest())).linux
     assert driver is not None and driver.cgroup_driver == cri.CgroupDriver.SYSTEMD
