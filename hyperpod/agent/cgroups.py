@@ -30,6 +30,14 @@ def _read(path: str) -> str:
         return file.read()
 
 
+def _oom_kills(path: str) -> int:
+    try:
+        lines = _read(path).splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+
 class Cgroups:
     """All below `parent` (an absolute cgroup path such as /hyperpod)."""
 
@@ -163,12 +171,13 @@ class Cgroups:
     def oom_kills(self, container: str) -> int:
         """How often the kernel killed in this container for want of memory."""
         path = self.container_path(container)
-        file = f"{ROOT}{path}/memory.events" if self.unified else f"{ROOT}/memory{path}/memory.oom_control"
-        try:
-            lines = _read(file).splitlines()
-        except OSError:
-            return 0
-        return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+        if self.unified:  # counts what is below as well, and keeps it when that is removed
+            return _oom_kills(f"{ROOT}{path}/memory.events")
+        return sum(_oom_kills(f"{f}/memory.oom_control") for f, _, _ in os.walk(f"{ROOT}/memory{path}"))
+
+    def oom_kills_to_be_lost(self, path: str) -> int:
+        """Of a cgroup that is about to be removed: those that the one above it does not count."""
+        return 0 if self.unified else _oom_kills(f"{ROOT}/memory{path}/memory.oom_control")
 
     def children(self, path: str) -> list[str]:
         """Names of the cgroups right below `path`."""

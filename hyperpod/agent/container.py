@@ -23,6 +23,7 @@ from hyperpod.agent.layers import Layers, LayerSource
 from hyperpod.agent.layout import Layout
 from hyperpod.agent.process import ConsoleSocket, Pipes, ProcessIO
 from hyperpod.agent.reaper import Reaper
+from hyperpod.agent.resources import adapt
 from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, InvalidArgument, NotFound
 from hyperpod.tasks import TaskOwner, bounded
 
@@ -67,6 +68,11 @@ class Tools:
         return pid, exited
 
 
+def _write_json(path: str, document: dict[str, Any]) -> None:
+    with open(path, "w") as file:
+        json.dump(document, file)
+
+
 class Exec:
     """One more process in a container, in a cgroup of its own below the container's."""
 
@@ -84,8 +90,7 @@ class Exec:
         """Gives the pid. Raises NotFound (no such program), FailedPrecondition."""
         process["terminal"] = self.io.tty
         path = f"{tools.layout.bundle(self.container.id)}/{self.id}"
-        with open(path, "w") as file:
-            json.dump(process, file)
+        _write_json(path, process)
         tools.cgroups.make_exec(self.container.id, self.id)
         try:
             pid, exited = await tools.launch(
@@ -123,6 +128,7 @@ class Exec:
         finally:
             self.removed.set()
             self.io.close()
+            self.container.lost_oom_kills += tools.cgroups.oom_kills_to_be_lost(self.cgroup)
             tools.cgroups.remove(self.cgroup)
 
 
@@ -144,10 +150,17 @@ class Container:
         self.io = ProcessIO(tty=tty, stdin=stdin, ends_with_peer=stdin_once, eof_closes=stdin_once)
         self.execs: dict[str, Exec] = {}
         self.cgroup = tools.cgroups.container_path(ident)
+        self.lost_oom_kills = 0
+        """Of execs that were removed."""
         self._serials: list[str] = []
         self._lock = asyncio.Lock()
         self._over = asyncio.Event()
         self._removed = False
+
+    @property
+    def oom_kills(self) -> int:
+        """Of all that ran in it so far, execs included."""
+        return self.lost_oom_kills + self.tools.cgroups.oom_kills(self.id)
 
     async def prepare(self, spec: dict[str, Any], layers: list[LayerSource]) -> None:
         """Mount the root and write the bundle. Nothing is left when it fails."""
@@ -159,9 +172,9 @@ class Container:
         try:
             spec["root"]["path"] = rootfs.mount_overlay(layout, self.id, numbers)
             spec["linux"]["cgroupsPath"] = self.cgroup
+            spec["linux"]["resources"] = adapt(self.tools.cgroups, spec["linux"]["resources"])
             spec["process"]["terminal"] = self.io.tty
-            with open(f"{layout.bundle(self.id)}/config.json", "w") as file:
-                json.dump(spec, file)
+            _write_json(f"{layout.bundle(self.id)}/config.json", spec)
         except (HyperpodError, OSError, KeyError, TypeError) as exc:
             await self._undo()
             if isinstance(exc, HyperpodError):
@@ -186,10 +199,33 @@ class Container:
             tools.owner.spawn(f"exit/{self.id[:12]}", self._wait(exited))
             return pid
 
+    async def update(self, resources: dict[str, Any]) -> None:
+        """New linux.resources, without devices. Raises FailedPrecondition, InvalidArgument."""
+        async with self._lock:
+            try:
+                fitted = adapt(self.tools.cgroups, resources)
+            except (KeyError, TypeError) as exc:
+                raise InvalidArgument(f"container {self.id[:12]}: {exc!r}") from exc
+            if self._removed or self.status.state is State.EXITED:
+                raise FailedPrecondition(f"container {self.id[:12]} has ended")
+            bundle = self.tools.layout.bundle(self.id)
+            if self.status.state is State.RUNNING:
+                path = f"{bundle}/resources.json"
+                _write_json(path, fitted)
+                try:
+                    await self.tools.crun.update(self.id, path)
+                finally:
+                    os.unlink(path)
+                return
+            with open(f"{bundle}/config.json") as file:
+                spec = json.load(file)
+            spec["linux"]["resources"] = {"devices": spec["linux"]["resources"].get("devices", []), **fitted}
+            _write_json(f"{bundle}/config.json", spec)
+
     async def _wait(self, exited: asyncio.Future[int]) -> None:
         """From the end of the first process to the report of it."""
         code = await exited
-        finished, oom = time.time_ns(), self.tools.cgroups.oom_kills(self.id) > 0
+        finished, oom = time.time_ns(), self.oom_kills > 0
         # In its own pid namespace everybody is dead already; with a shared one, now they are too.
         await self._kill_leftovers()
         self.io.process_ended()

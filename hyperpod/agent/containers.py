@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -82,6 +83,12 @@ class Containers:
         if self._operations.running(f"create/{ident}"):
             await self._operations.wait(f"create/{ident}")
         return await self._operations.run(f"start/{ident}", container.start)
+
+    async def update(self, ident: str, resources: bytes) -> None:
+        await self._operations.wait(f"create/{ident}")
+        # Not cut off half-way by a caller that leaves.
+        document, container = parse_object("the OCI resources", resources), self.get(ident)
+        await asyncio.shield(self.tools.owner.spawn(f"update/{ident[:12]}", container.update(document)))
 
     async def remove(self, ident: str) -> None:
         await self._operations.wait(f"create/{ident}")

@@ -61,6 +61,14 @@ class Crun:
             if os.path.exists(pid_file):
                 os.unlink(pid_file)
 
+    async def update(self, container: str, resources_file: str) -> None:
+        """Apply limits to a running container."""
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            await self._call(["update", f"--resources={resources_file}", container], [null] * 3)
+        finally:
+            os.close(null)
+
     def forget(self, container: str) -> None:
         """Drop crun's state of a container whose processes are gone; an unknown one is fine.
 

@@ -102,6 +102,10 @@ class AgentService(v1.AgentBase):
         await self._containers.remove(message.id)
         return v1.RemoveContainerResponse()
 
+    async def update_container(self, message: v1.UpdateContainerRequest) -> v1.UpdateContainerResponse:
+        await self._containers.update(message.id, message.resources_json)
+        return v1.UpdateContainerResponse()
+
     async def list_containers(self, message: v1.ListContainersRequest) -> v1.ListContainersResponse:
         return v1.ListContainersResponse(containers=[_state(s) for s in self._containers.statuses()])
 

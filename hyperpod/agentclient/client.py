@@ -155,6 +155,11 @@ class AgentClient:
         """Kill, unmount, forget; an unknown one is fine."""
         await self._call(lambda stub: stub.remove_container, v1.RemoveContainerRequest(id=ident), LONG)
 
+    async def update_container(self, ident: str, resources_json: bytes) -> None:
+        """New limits: OCI linux.resources. Raises FailedPrecondition when it has ended."""
+        request = v1.UpdateContainerRequest(id=ident, resources_json=resources_json)
+        await self._call(lambda stub: stub.update_container, request, LONG)
+
     async def list_containers(self) -> list[ContainerInfo]:
         answer = await self._call(lambda stub: stub.list_containers, v1.ListContainersRequest(), SHORT)
         return [_info(state) for state in answer.containers]

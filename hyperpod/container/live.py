@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from hyperpod.model.container import Container, ContainerRecord, ContainerState, ContainerStatus
+from hyperpod.model.security import LinuxResources
 
 
 class LiveContainer:
@@ -38,6 +39,10 @@ class LiveContainer:
     @property
     def state(self) -> ContainerState:
         return self.status.state
+
+    @property
+    def resources(self) -> LinuxResources:
+        return self.status.resources or self.record.config.resources
 
     @property
     def name_key(self) -> tuple[str, str, int]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import secrets
+from dataclasses import replace
 
 from hyperpod import failpoints
 from hyperpod.agentclient.types import AgentContainerState, ContainerInfo, Layer
@@ -34,9 +36,11 @@ from hyperpod.model.container import (
 )
 from hyperpod.model.images import Image
 from hyperpod.model.sandbox import SandboxConfig
+from hyperpod.model.security import LinuxResources
 from hyperpod.sandbox.disks import serial_of
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.sandbox.manager import SandboxManager
+from hyperpod.spec import limits
 from hyperpod.spec.oci import build_spec
 from hyperpod.store.index import IdIndex
 from hyperpod.store.records import RecordStore
@@ -107,8 +111,9 @@ class ContainerManager:
             raise NotFound(f"image {config.image[:200]!r} is not here; pull it first")
         ident = secrets.token_hex(32)
         record = self._record(ident, sandbox, config, image)
-        spec = build_spec(process.spec_input(record))
-        container = LiveContainer(record, ContainerStatus())
+        resources = limits.fit("config.linux.resources", config.resources, sandbox.record.size)
+        spec = build_spec(replace(process.spec_input(record), resources=resources))
+        container = LiveContainer(record, ContainerStatus(resources=resources))
         async with container.lock:
             await self._prepare(container, sandbox, spec, self.images.lease(image.id, ident))
         return ident
@@ -206,6 +211,27 @@ class ContainerManager:
             if not container.status.finished_at:
                 await self._set(container, started_at=container.status.started_at or now_ns(), pid=pid)
             failpoints.passing("container.running")
+
+    # -- update -------------------------------------------------------------------------------------------
+
+    async def update(self, ident: str, resources: LinuxResources) -> None:
+        """New limits; what is unset in them stays. Raises FailedPrecondition for one that has ended."""
+        container = self.index.get(ident)
+        name = f"update/{container.id}/{secrets.token_hex(4)}"  # none joins: each has limits of its own
+        await self._operations.run(name, lambda: self._update(container, resources))
+
+    async def _update(self, container: LiveContainer, resources: LinuxResources) -> None:
+        async with container.lock:
+            if container.state is ContainerState.EXITED or container.status.removing:
+                raise FailedPrecondition(f"container {container.short} has ended")
+            sandbox = self.sandboxes.live(container.sandbox_id)
+            sandbox.need_ready()
+            merged = limits.merge(container.resources, resources)
+            merged = limits.fit("linux", merged, sandbox.record.size)
+            agent = await sandbox.session.client()
+            await agent.update_container(container.id, json.dumps(limits.oci(merged)).encode())
+            failpoints.passing("container.updated")
+            await self._set(container, resources=merged)
 
     # -- exits --------------------------------------------------------------------------------------------
 

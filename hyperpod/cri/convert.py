@@ -14,6 +14,7 @@ from hyperpod.model.container import Capabilities, ContainerConfig, ContainerMet
 from hyperpod.model.images import RegistryAuth
 from hyperpod.model.sandbox import DnsConfig, PortMapping, SandboxConfig, SandboxMetadata
 from hyperpod.model.security import LinuxResources, NamespaceMode, NamespaceOptions, SeccompKind
+from hyperpod.spec import limits
 from hyperpod.spec.cgroup import parent_folder
 
 MAX_NAME = 1024
@@ -23,6 +24,7 @@ MAX_PATH = 4095
 MAX_MAP_BYTES = 1 << 20
 """Of labels, or of annotations; Kubernetes itself takes 256 KiB of annotations."""
 MAX_ITEMS = 65536
+MAX_PAGE_SIZES = 16
 MAX_ID = 2**32 - 2
 MAX_SECONDS = 99_999_999
 """Longer timeouts are none: three years, and the most that gRPC's eight digits of seconds hold."""
@@ -111,7 +113,20 @@ def resources(where: str, value: cri.LinuxContainerResources | None) -> LinuxRes
         oom_score_adj=_number(f"{where}.oom_score_adj", value.oom_score_adj, -1000, 1000),
         cpuset_cpus=_text(f"{where}.cpuset_cpus", value.cpuset_cpus),
         cpuset_mems=_text(f"{where}.cpuset_mems", value.cpuset_mems),
-        unified=_map(f"{where}.unified", value.unified),
+        unified=limits.unified(f"{where}.unified", value.unified),
+        hugepage_limits=_hugepages(f"{where}.hugepage_limits", value.hugepage_limits),
+    )
+
+
+def _hugepages(where: str, values: Sequence[cri.HugepageLimit]) -> tuple[tuple[str, int], ...]:
+    if len(values) > MAX_PAGE_SIZES:
+        raise InvalidArgument(f"{where} has {len(values)} items, at most {MAX_PAGE_SIZES} are taken")
+    return tuple(
+        (
+            limits.page_size(f"{where}[{i}].page_size", value.page_size),
+            _number(f"{where}[{i}].limit", value.limit, 0, 2**60),
+        )
+        for i, value in enumerate(values)
     )
 
 

@@ -1,4 +1,4 @@
-"""One table of what becomes of every field of the two requests that describe pods and containers.
+"""One table of what becomes of every field of the requests that describe pods, containers and limits.
 
 A field is honoured, or harmless to ignore for the reason given, or refused by name when it is set: nothing a
 user asks for is dropped silently. A test walks the interface and fails for a field that is in none of the
@@ -84,9 +84,7 @@ _PROFILE: Table = {
 _RESOURCES: Table = {
     **_honoured("cpu_period", "cpu_quota", "cpu_shares", "memory_limit_in_bytes", "oom_score_adj"),
     **_honoured("cpuset_cpus", "cpuset_mems", "unified", "memory_swap_limit_in_bytes"),
-    # The kubelet sends a limit of 0 for every page size of the host.
-    "hugepage_limits[].page_size": Harmless("counts with a limit only"),
-    "hugepage_limits[].limit": Refused("the guest has no huge pages"),
+    "hugepage_limits": HONOURED,
 }
 _POD_RESOURCES: Table = {
     **_honoured("cpu_period", "cpu_quota", "memory_limit_in_bytes"),
@@ -167,9 +165,24 @@ CREATE_CONTAINER: Table = {
     "config.linux.security_context.seccomp_profile_path": Only(_OLD_PROFILES),
 }
 
+UPDATE_CONTAINER: Table = {
+    "container_id": HONOURED,
+    **_under("linux", {**_RESOURCES, "oom_score_adj": Harmless("its processes keep what they started with")}),
+    "windows": Refused(_WINDOWS),
+    "annotations": Harmless("for plug-ins of the runtime; there are none"),
+}
+
+UPDATE_POD: Table = {
+    "pod_sandbox_id": HONOURED,
+    **_under("overhead", _POD_RESOURCES),
+    **_under("resources", _POD_RESOURCES),
+}
+
 TABLES: dict[type[betterproto2.Message], Table] = {
     cri.RunPodSandboxRequest: RUN_POD_SANDBOX,
     cri.CreateContainerRequest: CREATE_CONTAINER,
+    cri.UpdateContainerResourcesRequest: UPDATE_CONTAINER,
+    cri.UpdatePodSandboxResourcesRequest: UPDATE_POD,
 }
 
 

@@ -227,6 +227,7 @@ def _resources(value: LinuxResources) -> cri.LinuxContainerResources:
         cpuset_cpus=value.cpuset_cpus,
         cpuset_mems=value.cpuset_mems,
         unified=value.unified,
+        hugepage_limits=[cri.HugepageLimit(page_size=s, limit=n) for s, n in value.hugepage_limits],
     )
 
 
@@ -264,7 +265,7 @@ def _status(container: Container) -> cri.ContainerStatus:
         labels=record.config.labels,
         annotations=record.config.annotations,
         log_path=record.log_path,
-        resources=cri.ContainerResources(linux=_resources(record.config.resources)),
+        resources=cri.ContainerResources(linux=_resources(status.resources or record.config.resources)),
         user=_user(record),
         stop_signal=_stop_signal(record.stop_signal),
     )

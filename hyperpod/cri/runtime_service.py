@@ -111,6 +111,14 @@ class RuntimeService(cri.RuntimeServiceBase):
         containers = [container.view() for container in self._ports.containers.of(sandbox.id)]
         return replies.pod_status(sandbox, containers, verbose=message.verbose)
 
+    async def update_pod_sandbox_resources(
+        self, message: cri.UpdatePodSandboxResourcesRequest
+    ) -> cri.UpdatePodSandboxResourcesResponse:
+        """The pod's cgroup on the host is the kubelet's to change; here only its VM could be too small."""
+        wanted = convert.resources("resources", message.resources)
+        self._ports.sandboxes.need_room(message.pod_sandbox_id, wanted)
+        return cri.UpdatePodSandboxResourcesResponse()
+
     # The lists answer with bytes (Encoded), not with messages: Any, since the generated base knows messages only.
 
     async def list_pod_sandbox(self, message: cri.ListPodSandboxRequest) -> Any:
@@ -159,6 +167,12 @@ class RuntimeService(cri.RuntimeServiceBase):
         items = self._ports.containers.all()
         for page in self._containers.pages(replies.wanted_containers(items, message.filter), items):
             yield page
+
+    async def update_container_resources(
+        self, message: cri.UpdateContainerResourcesRequest
+    ) -> cri.UpdateContainerResourcesResponse:
+        await self._ports.containers.update(message.container_id, convert.resources("linux", message.linux))
+        return cri.UpdateContainerResourcesResponse()
 
     async def exec_sync(self, message: cri.ExecSyncRequest) -> cri.ExecSyncResponse:
         timeout = convert.seconds("timeout", message.timeout)

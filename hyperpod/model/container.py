@@ -112,6 +112,8 @@ class ContainerStatus(Record):
     message: str = ""
     pid: int = 0
     removing: bool = False
+    resources: LinuxResources | None = None
+    """What holds now: as asked for at creation, cut to the VM's size, and as updated since."""
 
     @property
     def state(self) -> ContainerState:

@@ -46,3 +46,5 @@ class LinuxResources(Record):
     cpuset_cpus: str = ""
     cpuset_mems: str = ""
     unified: dict[str, str] = {}
+    hugepage_limits: tuple[tuple[str, int], ...] = ()
+    """Page size as cgroup files name it (2MB), and bytes; 0 is a limit, none at all is no entry."""

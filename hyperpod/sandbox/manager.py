@@ -12,7 +12,7 @@ from pathlib import Path
 from hyperpod import failpoints
 from hyperpod.agentclient.types import ContainerInfo
 from hyperpod.config import Config
-from hyperpod.errors import AlreadyExists, HyperpodError, InvalidArgument
+from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, InvalidArgument
 from hyperpod.hypervisor.base import DomainEvent
 from hyperpod.model.base import now_ns
 from hyperpod.model.sandbox import (
@@ -23,7 +23,7 @@ from hyperpod.model.sandbox import (
     SandboxStatus,
     VmSize,
 )
-from hyperpod.model.security import NamespaceMode
+from hyperpod.model.security import LinuxResources, NamespaceMode
 from hyperpod.sandbox import artifacts
 from hyperpod.sandbox.boot import VmBuilder
 from hyperpod.sandbox.disks import LayerDisks
@@ -84,6 +84,17 @@ class SandboxManager:
 
     def live(self, ident: str) -> LiveSandbox:
         return self.index.get(ident)
+
+    def need_room(self, ident: str, wanted: LinuxResources) -> None:
+        """Whether a ready sandbox's VM can give this much to its containers. Raises FailedPrecondition."""
+        sandbox = self.index.get(ident)
+        sandbox.need_ready()
+        have = sandbox.record.size.memory_mib - self.config.vm.guest_base_mib
+        if (mib := -(-wanted.memory_limit // MIB)) > have:
+            raise FailedPrecondition(
+                f"sandbox {sandbox.short}: its virtual machine has {have} MiB for containers, {mib} MiB are "
+                "wanted; a running one is not resized yet: make the pod anew"
+            )
 
     def all(self) -> list[Sandbox]:
         return [s.view() for s in self.index.values() if s.status.phase is not SandboxPhase.CREATING]

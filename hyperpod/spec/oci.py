@@ -16,6 +16,7 @@ from typing import Any
 
 from hyperpod.errors import InvalidArgument
 from hyperpod.model.security import LinuxResources
+from hyperpod.spec import limits
 from hyperpod.spec.capabilities import effective
 from hyperpod.spec.seccomp import without_host_sockets
 
@@ -188,28 +189,5 @@ def _mounts() -> list[dict[str, Any]]:
 
 
 def _resources(resources: LinuxResources) -> dict[str, Any]:
-    """What is unset stays unset; devices: the standard ones are crun's own default, all else is denied."""
-    cpu: dict[str, Any] = {}
-    memory: dict[str, Any] = {}
-    if resources.cpu_shares:
-        cpu["shares"] = resources.cpu_shares
-    if resources.cpu_quota:
-        cpu["quota"] = resources.cpu_quota
-    if resources.cpu_period:
-        cpu["period"] = resources.cpu_period
-    if resources.cpuset_cpus:
-        cpu["cpus"] = resources.cpuset_cpus
-    if resources.cpuset_mems:
-        cpu["mems"] = resources.cpuset_mems
-    if resources.memory_limit:
-        memory["limit"] = resources.memory_limit
-    if resources.memory_swap_limit:
-        memory["swap"] = resources.memory_swap_limit
-    built: dict[str, Any] = {"devices": [{"allow": False, "access": "rwm"}]}
-    if cpu:
-        built["cpu"] = cpu
-    if memory:
-        built["memory"] = memory
-    if resources.unified:
-        built["unified"] = dict(resources.unified)
-    return built
+    """Devices: the standard ones are crun's own default, all else is denied."""
+    return {"devices": [{"allow": False, "access": "rwm"}], **limits.oci(resources)}

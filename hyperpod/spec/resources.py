@@ -12,6 +12,9 @@ from hyperpod.model.security import LinuxResources
 
 MIB = 1 << 20
 ROUND_MIB = 16
+HOST_SHARE_MIB = 64
+"""What QEMU (its translated code included) and the shim take beside the guest's RAM."""
+
 DEFAULT_PERIOD = 100_000
 """Microseconds; the kernel's default CFS period, meant where a quota comes without one."""
 
@@ -31,8 +34,7 @@ def vm_size(
 ) -> VmSize:
     """Decide a VM's size. Raises InvalidArgument when its RAM would exceed the host's."""
     wanted = -(-resources.memory_limit // MIB) if resources.memory_limit > 0 else default_mib
-    extra = -(-overhead.memory_limit // MIB) if overhead.memory_limit > 0 else 0
-    memory = base_mib + max(wanted, floor_mib) + extra
+    memory = base_mib + max(wanted, floor_mib)
     memory = -(-memory // ROUND_MIB) * ROUND_MIB
     if memory > host_memory_mib:
         raise InvalidArgument(
@@ -43,7 +45,13 @@ def vm_size(
         vcpus = -(-resources.cpu_quota // (resources.cpu_period or DEFAULT_PERIOD))
     limit = min(max_vcpus, max(host_cpus, 1))
     clamped = min(max(vcpus, 1), limit)
-    reason = f"{base_mib} base + max({wanted}, {floor_mib})" + (f" + {extra} overhead" if extra else "")
+    reason = f"{base_mib} base + max({wanted}, {floor_mib})"
+    # The pod's cgroup on the host has room for limit and overhead; the base comes out of the latter.
+    if 0 < overhead.memory_limit < (base_mib + HOST_SHARE_MIB) * MIB:
+        reason += (
+            f"; the pod's overhead of {overhead.memory_limit // MIB} MiB is less than the {base_mib} MiB of the "
+            f"guest and the {HOST_SHARE_MIB} MiB of QEMU and shim: its cgroup may be too small for it"
+        )
     if clamped != vcpus:
         reason += f"; {vcpus} vCPUs asked for, {limit} is the most here"
     return VmSize(

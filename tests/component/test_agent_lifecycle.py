@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import signal
 
@@ -271,3 +272,62 @@ async def test_sockets_of_the_host_are_denied(agent: AgentKit) -> None:
     # busybox has no tool that opens AF_VSOCK; the rule's presence is seen in the filter mode of a container.
     _, _, out = await agent.run("grep", "Seccomp:", "/proc/self/status")
     assert out.split() == [b"Seccomp:", b"2"]
+
+
+async def test_an_exec_killed_for_want_of_memory_is_told_of_its_container(agent: AgentKit) -> None:
+    spec = ContainerSpecInput(
+        args=("sh", "-c", "echo up; read x; exit 0"), resources=LinuxResources(memory_limit=32 << 20)
+    )
+    ident = await agent.create(spec=spec, stdin=True)
+    await agent.client.start_container(ident)
+    async with agent.output(ident) as out:
+        await out.read_until(b"up")
+    exec_id = await agent.exec(ident, "dd", "if=/dev/zero", "of=/dev/null", "bs=100M", "count=1")
+    assert await agent.client.wait_exec(ident, exec_id, timeout=60) == 137
+    await agent.client.remove_exec(ident, exec_id)
+    async with agent.input(ident) as stdin:
+        await stdin.write(b"\n")
+    info = await agent.exit_of(ident)
+    assert (info.oom_killed, info.exit_code) == (True, 0)
+
+
+async def test_a_child_killed_for_want_of_memory_is_told(agent: AgentKit) -> None:
+    for _ in range(3):
+        spec = ContainerSpecInput(
+            args=("sh", "-c", "dd if=/dev/zero of=/dev/null bs=100M count=1; exit 3"),
+            resources=LinuxResources(memory_limit=32 << 20, memory_swap_limit=32 << 20),
+        )
+        _, info, _ = await agent.run(spec=spec)
+        assert (info.oom_killed, info.exit_code) == (True, 3)
+
+
+async def test_limits_are_updated_before_and_after_the_start(agent: AgentKit) -> None:
+    limit = "cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>&-; true"
+    ident = await agent.create("sh", "-c", f"{limit}; echo up; sleep 1000")
+    await agent.client.update_container(ident, json.dumps({"memory": {"limit": 64 << 20}}).encode())
+    await agent.client.start_container(ident)
+    async with agent.output(ident) as out:
+        assert (await out.read_until(b"up")).startswith(str(64 << 20).encode())
+    await agent.client.update_container(ident, json.dumps({"memory": {"limit": 96 << 20}}).encode())
+    exec_id = await agent.exec(ident, "sh", "-c", limit)
+    async with agent.output(ident, exec_id) as out:
+        assert (await out.read_all()).strip() == str(96 << 20).encode()
+    await agent.client.signal_container(ident, signal.SIGKILL)
+    await agent.exit_of(ident)
+    with pytest.raises(FailedPrecondition, match="has ended"):
+        await agent.client.update_container(ident, b"{}")
+    with pytest.raises(NotFound):
+        await agent.client.update_container("0" * 64, b"{}")
+    with pytest.raises(InvalidArgument):
+        await agent.client.update_container(ident, b"[]")
+
+
+async def test_huge_pages_and_swap_that_are_not_there(agent: AgentKit) -> None:
+    none = LinuxResources(
+        memory_limit=64 << 20, memory_swap_limit=64 << 20, hugepage_limits=(("512GB", 0), ("2MB", 0))
+    )
+    _, info, _ = await agent.run(spec=ContainerSpecInput(args=("true",), resources=none))
+    assert info.exit_code == 0
+    some = LinuxResources(hugepage_limits=(("512GB", 1 << 40),))
+    with pytest.raises(InvalidArgument, match="no huge pages of 512GB"):
+        await agent.create(spec=ContainerSpecInput(args=("true",), resources=some))

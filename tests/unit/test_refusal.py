@@ -39,7 +39,7 @@ def _leaves(kind: type[betterproto2.Message], table: refusal.Table, path: str = 
 def test_every_field_is_classified_once(kind: type[betterproto2.Message]) -> None:
     table = refusal.TABLES[kind]
     leaves = list(_leaves(kind, table))
-    assert len(leaves) > 40
+    assert len(leaves) > 10
     assert sorted(leaves) == sorted(table)
 
 

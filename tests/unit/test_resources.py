@@ -31,7 +31,13 @@ def test_default() -> None:
 def test_limit_and_floor_and_overhead() -> None:
     assert size(LinuxResources(memory_limit=1024 * MIB)).memory_mib == 1120
     assert size(LinuxResources(memory_limit=1)).memory_mib == 256
-    assert size(LinuxResources(memory_limit=1), LinuxResources(memory_limit=32 * MIB)).memory_mib == 288
+    small = size(LinuxResources(memory_limit=1), LinuxResources(memory_limit=32 * MIB))
+    assert small.memory_mib == 256, (
+        "the pod's cgroup has room for limit and overhead, so the base is overhead"
+    )
+    assert "overhead of 32 MiB is less" in small.reason
+    enough = size(LinuxResources(memory_limit=1), LinuxResources(memory_limit=160 * MIB))
+    assert "overhead" not in enough.reason
 
 
 @pytest.mark.parametrize(

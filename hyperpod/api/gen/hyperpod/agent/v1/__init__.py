@@ -6,16 +6,23 @@
 __all__ = (
     "AgentBase",
     "AgentStub",
+    "CgroupStats",
     "ContainerState",
+    "ContainerStats",
     "ContainerStatus",
     "CreateContainerRequest",
     "CreateContainerResponse",
+    "DetailStats",
+    "DiskStats",
     "Event",
     "EventsRequest",
     "ForgetLayersRequest",
     "ForgetLayersResponse",
+    "GuestStats",
     "HelloRequest",
     "HelloResponse",
+    "HugetlbStats",
+    "InterfaceStats",
     "KillExecRequest",
     "KillExecResponse",
     "Layer",
@@ -23,6 +30,7 @@ __all__ = (
     "ListContainersResponse",
     "Neighbour",
     "NetworkInterface",
+    "Pressure",
     "RemoveContainerRequest",
     "RemoveContainerResponse",
     "RemoveExecRequest",
@@ -40,6 +48,10 @@ __all__ = (
     "StartContainerResponse",
     "StartExecRequest",
     "StartExecResponse",
+    "StatsRequest",
+    "StatsResponse",
+    "UpdateContainerRequest",
+    "UpdateContainerResponse",
     "WaitExecRequest",
     "WaitExecResponse",
 )
@@ -92,6 +104,61 @@ class ContainerStatus(betterproto2.Enum):
 
 
 @dataclass(eq=False, repr=False)
+class CgroupStats(betterproto2.Message):
+    """
+    Sizes in bytes. What is unlimited has the limit 0.
+    """
+
+    cpu_usage_ns: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
+
+    cpu_user_ns: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
+
+    cpu_system_ns: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
+
+    cpu_periods: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
+
+    cpu_throttled_periods: "int" = betterproto2.field(5, betterproto2.TYPE_UINT64)
+
+    cpu_throttled_ns: "int" = betterproto2.field(6, betterproto2.TYPE_UINT64)
+
+    memory_usage: "int" = betterproto2.field(7, betterproto2.TYPE_UINT64)
+
+    memory_inactive_file: "int" = betterproto2.field(8, betterproto2.TYPE_UINT64)
+
+    memory_anon: "int" = betterproto2.field(9, betterproto2.TYPE_UINT64)
+
+    memory_file: "int" = betterproto2.field(10, betterproto2.TYPE_UINT64)
+
+    memory_kernel: "int" = betterproto2.field(11, betterproto2.TYPE_UINT64)
+
+    memory_mapped_file: "int" = betterproto2.field(12, betterproto2.TYPE_UINT64)
+
+    memory_limit: "int" = betterproto2.field(13, betterproto2.TYPE_UINT64)
+    """
+    The lowest of the cgroup's own limit and of those above it.
+    """
+
+    page_faults: "int" = betterproto2.field(14, betterproto2.TYPE_UINT64)
+
+    major_page_faults: "int" = betterproto2.field(15, betterproto2.TYPE_UINT64)
+
+    swap_usage: "int" = betterproto2.field(16, betterproto2.TYPE_UINT64)
+
+    oom_kills: "int" = betterproto2.field(17, betterproto2.TYPE_UINT64)
+
+    pids: "int" = betterproto2.field(18, betterproto2.TYPE_UINT64)
+
+    cpu_pressure: "Pressure | None" = betterproto2.field(19, betterproto2.TYPE_MESSAGE, optional=True)
+
+    memory_pressure: "Pressure | None" = betterproto2.field(20, betterproto2.TYPE_MESSAGE, optional=True)
+
+    io_pressure: "Pressure | None" = betterproto2.field(21, betterproto2.TYPE_MESSAGE, optional=True)
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "CgroupStats", CgroupStats)
+
+
+@dataclass(eq=False, repr=False)
 class ContainerState(betterproto2.Message):
     id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
 
@@ -114,6 +181,26 @@ class ContainerState(betterproto2.Message):
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "ContainerState", ContainerState)
+
+
+@dataclass(eq=False, repr=False)
+class ContainerStats(betterproto2.Message):
+    id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    cgroup: "CgroupStats | None" = betterproto2.field(2, betterproto2.TYPE_MESSAGE, optional=True)
+    """
+    Absent while it has no cgroup: before its start, after its end.
+    """
+
+    writable_layer: "DiskStats | None" = betterproto2.field(3, betterproto2.TYPE_MESSAGE, optional=True)
+    """
+    Absent when it cannot be told.
+    """
+
+    details: "DetailStats | None" = betterproto2.field(4, betterproto2.TYPE_MESSAGE, optional=True)
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "ContainerStats", ContainerStats)
 
 
 @dataclass(eq=False, repr=False)
@@ -157,6 +244,54 @@ default_message_pool.register_message("hyperpod.agent.v1", "CreateContainerRespo
 
 
 @dataclass(eq=False, repr=False)
+class DetailStats(betterproto2.Message):
+    memory_peak: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
+
+    memory_limit_hits: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
+    """
+    How often the limit was met.
+    """
+
+    read_bytes: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
+
+    write_bytes: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
+
+    reads: "int" = betterproto2.field(5, betterproto2.TYPE_UINT64)
+
+    writes: "int" = betterproto2.field(6, betterproto2.TYPE_UINT64)
+
+    processes: "int" = betterproto2.field(7, betterproto2.TYPE_UINT64)
+
+    threads: "int" = betterproto2.field(8, betterproto2.TYPE_UINT64)
+
+    threads_max: "int" = betterproto2.field(9, betterproto2.TYPE_UINT64)
+
+    file_descriptors: "int" = betterproto2.field(10, betterproto2.TYPE_UINT64)
+
+    sockets: "int" = betterproto2.field(11, betterproto2.TYPE_UINT64)
+
+    files_max: "int" = betterproto2.field(12, betterproto2.TYPE_UINT64)
+    """
+    Soft limit of open files of the first process.
+    """
+
+    hugetlb: "list[HugetlbStats]" = betterproto2.field(13, betterproto2.TYPE_MESSAGE, repeated=True)
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "DetailStats", DetailStats)
+
+
+@dataclass(eq=False, repr=False)
+class DiskStats(betterproto2.Message):
+    used_bytes: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
+
+    inodes: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "DiskStats", DiskStats)
+
+
+@dataclass(eq=False, repr=False)
 class Event(betterproto2.Message):
     seq: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
 
@@ -188,6 +323,41 @@ class ForgetLayersResponse(betterproto2.Message):
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "ForgetLayersResponse", ForgetLayersResponse)
+
+
+@dataclass(eq=False, repr=False)
+class GuestStats(betterproto2.Message):
+    memory_total: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
+
+    memory_free: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
+
+    memory_available: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
+
+    cpu_usage_ns: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
+    """
+    Of the whole guest, its kernel and agent included.
+    """
+
+    containers: "CgroupStats | None" = betterproto2.field(5, betterproto2.TYPE_MESSAGE, optional=True)
+    """
+    The parent of the containers' cgroups.
+    """
+
+    interfaces: "list[InterfaceStats]" = betterproto2.field(6, betterproto2.TYPE_MESSAGE, repeated=True)
+
+    disk_size: "int" = betterproto2.field(7, betterproto2.TYPE_UINT64)
+    """
+    The file system of the writable layers.
+    """
+
+    disk_free: "int" = betterproto2.field(8, betterproto2.TYPE_UINT64)
+
+    disk_inodes: "int" = betterproto2.field(9, betterproto2.TYPE_UINT64)
+
+    disk_inodes_free: "int" = betterproto2.field(10, betterproto2.TYPE_UINT64)
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "GuestStats", GuestStats)
 
 
 @dataclass(eq=False, repr=False)
@@ -251,6 +421,45 @@ class HelloResponse(betterproto2.Message):
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "HelloResponse", HelloResponse)
+
+
+@dataclass(eq=False, repr=False)
+class HugetlbStats(betterproto2.Message):
+    page_size: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    As the kernel's cgroup files name it: 2MB, 1GB.
+    """
+
+    usage: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
+
+    max_usage: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "HugetlbStats", HugetlbStats)
+
+
+@dataclass(eq=False, repr=False)
+class InterfaceStats(betterproto2.Message):
+    name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    rx_bytes: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
+
+    rx_packets: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
+
+    rx_errors: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
+
+    rx_dropped: "int" = betterproto2.field(5, betterproto2.TYPE_UINT64)
+
+    tx_bytes: "int" = betterproto2.field(6, betterproto2.TYPE_UINT64)
+
+    tx_packets: "int" = betterproto2.field(7, betterproto2.TYPE_UINT64)
+
+    tx_errors: "int" = betterproto2.field(8, betterproto2.TYPE_UINT64)
+
+    tx_dropped: "int" = betterproto2.field(9, betterproto2.TYPE_UINT64)
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "InterfaceStats", InterfaceStats)
 
 
 @dataclass(eq=False, repr=False)
@@ -340,6 +549,32 @@ class NetworkInterface(betterproto2.Message):
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "NetworkInterface", NetworkInterface)
+
+
+@dataclass(eq=False, repr=False)
+class Pressure(betterproto2.Message):
+    """
+    Of the kernel's pressure stall information; averages in hundredths of a per cent.
+    """
+
+    some_total_ns: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
+
+    some_avg10: "int" = betterproto2.field(2, betterproto2.TYPE_UINT32)
+
+    some_avg60: "int" = betterproto2.field(3, betterproto2.TYPE_UINT32)
+
+    some_avg300: "int" = betterproto2.field(4, betterproto2.TYPE_UINT32)
+
+    full_total_ns: "int" = betterproto2.field(5, betterproto2.TYPE_UINT64)
+
+    full_avg10: "int" = betterproto2.field(6, betterproto2.TYPE_UINT32)
+
+    full_avg60: "int" = betterproto2.field(7, betterproto2.TYPE_UINT32)
+
+    full_avg300: "int" = betterproto2.field(8, betterproto2.TYPE_UINT32)
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "Pressure", Pressure)
 
 
 @dataclass(eq=False, repr=False)
@@ -525,6 +760,61 @@ default_message_pool.register_message("hyperpod.agent.v1", "StartExecResponse", 
 
 
 @dataclass(eq=False, repr=False)
+class StatsRequest(betterproto2.Message):
+    after_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    Containers whose ids come after this one; empty: from the first one on, and the guest's figures.
+    """
+
+    details: "bool" = betterproto2.field(2, betterproto2.TYPE_BOOL)
+    """
+    What only metrics need, and costs more to find out.
+    """
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "StatsRequest", StatsRequest)
+
+
+@dataclass(eq=False, repr=False)
+class StatsResponse(betterproto2.Message):
+    guest: "GuestStats | None" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, optional=True)
+
+    containers: "list[ContainerStats]" = betterproto2.field(2, betterproto2.TYPE_MESSAGE, repeated=True)
+    """
+    In the order of their ids.
+    """
+
+    more: "bool" = betterproto2.field(3, betterproto2.TYPE_BOOL)
+    """
+    There are more after the last one.
+    """
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "StatsResponse", StatsResponse)
+
+
+@dataclass(eq=False, repr=False)
+class UpdateContainerRequest(betterproto2.Message):
+    id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    resources_json: "bytes" = betterproto2.field(2, betterproto2.TYPE_BYTES)
+    """
+    OCI linux.resources, UTF-8 JSON: all of them, not the changed ones.
+    """
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "UpdateContainerRequest", UpdateContainerRequest)
+
+
+@dataclass(eq=False, repr=False)
+class UpdateContainerResponse(betterproto2.Message):
+    pass
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "UpdateContainerResponse", UpdateContainerResponse)
+
+
+@dataclass(eq=False, repr=False)
 class WaitExecRequest(betterproto2.Message):
     container_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
 
@@ -665,6 +955,49 @@ class AgentStub(betterproto2_grpclib.ServiceStub):
             "/hyperpod.agent.v1.Agent/ListContainers",
             message,
             ListContainersResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def update_container(
+        self,
+        message: "UpdateContainerRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "UpdateContainerResponse":
+        """
+        New limits, of a running container at once, of a created one when it starts.
+        FAILED_PRECONDITION when it has exited, or with crun's reason.
+        """
+
+        return await self._unary_unary(
+            "/hyperpod.agent.v1.Agent/UpdateContainer",
+            message,
+            UpdateContainerResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
+    async def stats(
+        self,
+        message: "StatsRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "StatsResponse":
+        """
+        Of the guest and of its containers, a page at a time.
+        """
+
+        return await self._unary_unary(
+            "/hyperpod.agent.v1.Agent/Stats",
+            message,
+            StatsResponse,
             timeout=timeout,
             deadline=deadline,
             metadata=metadata,
@@ -900,6 +1233,21 @@ class AgentBase(betterproto2_grpclib.ServiceBase):
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
+    async def update_container(self, message: "UpdateContainerRequest") -> "UpdateContainerResponse":
+        """
+        New limits, of a running container at once, of a created one when it starts.
+        FAILED_PRECONDITION when it has exited, or with crun's reason.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def stats(self, message: "StatsRequest") -> "StatsResponse":
+        """
+        Of the guest and of its containers, a page at a time.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
     async def events(self, message: "EventsRequest") -> "AsyncIterator[Event]":
         """
         Exits after `after_seq`, then new ones as they come, until the caller leaves.
@@ -1003,6 +1351,20 @@ class AgentBase(betterproto2_grpclib.ServiceBase):
         request = await stream.recv_message()
         assert request is not None
         response = await self.list_containers(request)
+        await stream.send_message(response)
+
+    async def __rpc_update_container(
+        self, stream: "grpclib.server.Stream[UpdateContainerRequest, UpdateContainerResponse]"
+    ) -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.update_container(request)
+        await stream.send_message(response)
+
+    async def __rpc_stats(self, stream: "grpclib.server.Stream[StatsRequest, StatsResponse]") -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.stats(request)
         await stream.send_message(response)
 
     async def __rpc_events(self, stream: "grpclib.server.Stream[EventsRequest, Event]") -> None:
@@ -1115,6 +1477,18 @@ class AgentBase(betterproto2_grpclib.ServiceBase):
                 grpclib.const.Cardinality.UNARY_UNARY,
                 ListContainersRequest,
                 ListContainersResponse,
+            ),
+            "/hyperpod.agent.v1.Agent/UpdateContainer": grpclib.const.Handler(
+                self.__rpc_update_container,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                UpdateContainerRequest,
+                UpdateContainerResponse,
+            ),
+            "/hyperpod.agent.v1.Agent/Stats": grpclib.const.Handler(
+                self.__rpc_stats,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                StatsRequest,
+                StatsResponse,
             ),
             "/hyperpod.agent.v1.Agent/Events": grpclib.const.Handler(
                 self.__rpc_events,
