@@ -29,6 +29,7 @@ NAMES = (
     "container.recorded",
     "container.layers",
     "container.prepared",
+    "container.updated",
     "container.started",
     "container.running",
     "container.exited",

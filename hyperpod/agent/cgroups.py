@@ -179,6 +179,13 @@ class Cgroups:
         """Of a cgroup that is about to be removed: those that the one above it does not count."""
         return 0 if self.unified else _oom_kills(f"{ROOT}/memory{path}/memory.oom_control")
 
+    def huge_page_sizes(self) -> list[str]:
+        """As the files of cgroup v2 name them: 2MB, 1GB."""
+        names = os.listdir(f"{ROOT}{self.parent}")
+        return sorted(
+            name.split(".")[1] for name in names if name.startswith("hugetlb.") and name.endswith("B.max")
+        )
+
     def children(self, path: str) -> list[str]:
         """Names of the cgroups right below `path`."""
         try:

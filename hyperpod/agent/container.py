@@ -7,6 +7,7 @@ CREATED --start fails--> CREATED;   any state --remove--> gone
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from hyperpod.agent.events import State, Status
 from hyperpod.agent.layers import Layers, LayerSource
 from hyperpod.agent.layout import Layout
 from hyperpod.agent.process import ConsoleSocket, Pipes, ProcessIO
+from hyperpod.agent.quota import Quota
 from hyperpod.agent.reaper import Reaper
 from hyperpod.agent.resources import adapt
 from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, InvalidArgument, NotFound
@@ -41,6 +43,7 @@ class Tools:
         self.layout, self.cgroups, self.reaper, self.owner = layout, cgroups, reaper, owner
         self.crun = Crun(layout, reaper)
         self.layers = Layers(layout)
+        self.quota = Quota(layout)
         self._consoles = 0
 
     def console(self) -> ConsoleSocket:
@@ -102,6 +105,9 @@ class Exec:
             raise
         finally:
             os.unlink(path)
+        if score := process.get("oomScoreAdj"):  # crun sets it for a container's first process only
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
+                file.write(str(int(score)))
         self.exited = exited
         exited.add_done_callback(lambda _: self.io.process_ended())
         return pid
@@ -170,6 +176,7 @@ class Container:
         numbers = await self.tools.layers.acquire(layers)
         self._serials = [layer.serial for layer in layers]
         try:
+            self.tools.quota.watch(self.id)
             spec["root"]["path"] = rootfs.mount_overlay(layout, self.id, numbers)
             spec["linux"]["cgroupsPath"] = self.cgroup
             spec["linux"]["resources"] = adapt(self.tools.cgroups, spec["linux"]["resources"])
@@ -311,5 +318,6 @@ class Container:
         rootfs.unmount_overlay(layout, self.id)
         rootfs.remove_tree(layout.bundle(self.id))
         await rootfs.discard(layout, layout.writable(self.id))
+        self.tools.quota.forget(self.id)
         self.tools.layers.release(self._serials)
         self._serials = []

@@ -53,6 +53,12 @@ class Containers:
             raise NotFound(f"no container {ident[:64]}")
         return found
 
+    def ids(self) -> list[str]:
+        return list(self._known)
+
+    def find(self, ident: str) -> Container | None:
+        return self._known.get(ident)
+
     def statuses(self) -> list[Status]:
         return [container.status for container in self._known.values()]
 

@@ -24,6 +24,7 @@ from hyperpod.agent.containers import Containers
 from hyperpod.agent.environment import Place
 from hyperpod.agent.events import Status
 from hyperpod.agent.layers import LayerSource
+from hyperpod.agent.stats import Stats
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import (
     AlreadyExists,
@@ -60,6 +61,7 @@ class AgentService(v1.AgentBase):
 
     def __init__(self, containers: Containers, place: Place) -> None:
         self._containers, self._place = containers, place
+        self._stats = Stats(containers)
 
     async def hello(self, message: v1.HelloRequest) -> v1.HelloResponse:
         if message.api_version < OLDEST_API_VERSION or message.api_version > API_VERSION + 1:
@@ -105,6 +107,9 @@ class AgentService(v1.AgentBase):
     async def update_container(self, message: v1.UpdateContainerRequest) -> v1.UpdateContainerResponse:
         await self._containers.update(message.id, message.resources_json)
         return v1.UpdateContainerResponse()
+
+    async def stats(self, message: v1.StatsRequest) -> v1.StatsResponse:
+        return await self._stats.page(message.after_id, message.details)
 
     async def list_containers(self, message: v1.ListContainersRequest) -> v1.ListContainersResponse:
         return v1.ListContainersResponse(containers=[_state(s) for s in self._containers.statuses()])

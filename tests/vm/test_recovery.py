@@ -102,7 +102,13 @@ async def test_a_host_reboot(own_daemon: Daemon) -> None:
 async def life(client: Cri) -> None:
     """A pod's whole life, meeting every failpoint."""
     pod = await client.run_pod()
-    container = await client.sh(pod, "echo up; sleep 1")
+    container = await client.create(pod, "/bin/sh", "-c", "echo up; sleep 1")
+    await client.runtime.update_container_resources(
+        cri.UpdateContainerResourcesRequest(
+            container_id=container, linux=cri.LinuxContainerResources(cpu_shares=512)
+        )
+    )
+    await client.start(container)
     await client.wait(container)
     await client.runtime.remove_container(cri.RemoveContainerRequest(container_id=container))
     await client.remove_pod(pod)
