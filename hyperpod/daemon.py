@@ -24,10 +24,12 @@ from hyperpod import __version__, logs
 from hyperpod.config import Config
 from hyperpod.container.execsync import ExecRunner
 from hyperpod.container.manager import ContainerManager
+from hyperpod.container.stats import StatsCollector
 from hyperpod.cri.admin_service import AdminService
 from hyperpod.cri.image_service import ImageService
 from hyperpod.cri.ports import Ports
 from hyperpod.cri.runtime_service import RuntimeService
+from hyperpod.cri.stats import StatsReader
 from hyperpod.daemon_args import arguments, config_of
 from hyperpod.errors import FailedPrecondition, HyperpodError
 from hyperpod.hypervisor.libvirt import LibvirtHypervisor
@@ -137,12 +139,14 @@ async def running(config: Config) -> AsyncIterator[RpcServer]:
         stack.push_async_callback(sandboxes.detach)
         await Recovery(sandboxes, containers, supervisor).run()
         await images.collect()
+        collector = StatsCollector(owner, config.vm.scratch_mib << 20)
         ports = Ports(
             sandboxes=sandboxes,
             containers=containers,
             execs=ExecRunner(containers),
             images=images,
             networks=networks,
+            stats=StatsReader(sandboxes, containers, collector, config.state_dir),
         )
         server = RpcServer(
             [RuntimeService(ports, config, hypervisor), ImageService(ports, config), AdminService(ports)]

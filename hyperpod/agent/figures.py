@@ -31,16 +31,14 @@ def pressure(text: str) -> v1.Pressure | None:
     """`some avg10=0.12 avg60=… avg300=… total=MICROSECONDS`, and a line `full`."""
     found: dict[str, int] = {}
     for line in text.splitlines():
-        kind, *pairs = line.split()
-        for pair in pairs:
+        kind, _, rest = line.partition(" ")
+        for pair in rest.split():
             name, _, value = pair.partition("=")
-            try:
-                number = int(value) * 1000 if name == "total" else round(float(value) * 100)
-            except (ValueError, OverflowError):
-                continue
-            found[f"{kind}_total_ns" if name == "total" else f"{kind}_{name}"] = number
-    names = v1.Pressure.__dataclass_fields__
-    known = {name: value for name, value in found.items() if name in names}
+            if name == "total" and value.isdecimal():
+                found[f"{kind}_total_ns"] = int(value) * 1000
+            elif value.replace(".", "", 1).isdecimal():
+                found[f"{kind}_{name}"] = round(float(value) * 100)
+    known = {name: value for name, value in found.items() if name in v1.Pressure.__dataclass_fields__}
     return v1.Pressure(**known) if known else None
 
 

@@ -11,7 +11,9 @@ from grpclib.exceptions import GRPCError, StreamTerminatedError
 from grpclib.exceptions import ProtocolError as GrpcProtocolError
 from h2.exceptions import H2Error
 
+from hyperpod.agentclient import figures
 from hyperpod.agentclient.channel import AgentChannel
+from hyperpod.agentclient.figures import Bounds, SandboxFigures
 from hyperpod.agentclient.types import AgentContainerState, ContainerInfo, ExitEvent, HelloInfo, Layer
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import (
@@ -34,6 +36,9 @@ from hyperpod.vsock.open import CONTROL_PORT, open_agent
 API_VERSION = 1
 SHORT, LONG = 10.0, 90.0
 """Seconds: for calls that the agent answers at once, and for those that run crun or wait for disks."""
+
+MAX_STATS_PAGES = 16
+"""An agent has 256 containers at most, and gives 32 at once."""
 
 TEXT_LIMIT = 1024
 MAX_REQUEST = 4 << 20
@@ -160,6 +165,24 @@ class AgentClient:
         request = v1.UpdateContainerRequest(id=ident, resources_json=resources_json)
         await self._call(lambda stub: stub.update_container, request, LONG)
 
+    async def stats(self, most: Bounds, *, details: bool = False, timeout: float = SHORT) -> SandboxFigures:
+        """Of the guest and all its containers; `timeout` is each page's."""
+        after, guest = "", None
+        found: dict[str, figures.ContainerFigures] = {}
+        for _ in range(MAX_STATS_PAGES):
+            request = v1.StatsRequest(after_id=after, details=details)
+            answer = await self._call(lambda stub: stub.stats, request, timeout)
+            if guest is None:
+                guest = figures.guest(answer.guest, most)
+            for stats in answer.containers:
+                if stats.id <= after:
+                    raise GuestError("the agent's statistics are not in the order of their ids")
+                after = _ident(stats.id)
+                found[after] = figures.container(stats, most)
+            if not (answer.more and answer.containers):
+                return SandboxFigures(guest, found)
+        raise GuestError("the agent's statistics do not end")
+
     async def list_containers(self) -> list[ContainerInfo]:
         answer = await self._call(lambda stub: stub.list_containers, v1.ListContainersRequest(), SHORT)
         return [_info(state) for state in answer.containers]
@@ -261,10 +284,15 @@ def _code(value: int) -> int:
     return value
 
 
+def _ident(value: str) -> str:
+    if len(value) != 64 or not _HEX.issuperset(value):
+        raise GuestError("the agent reports a container without a proper id")
+    return value
+
+
 def _info(state: Any) -> ContainerInfo:
     """Raises GuestError for values that no agent sends."""
-    if len(state.id) != 64 or not _HEX.issuperset(state.id):
-        raise GuestError("the agent reports a container without a proper id")
+    _ident(state.id)
     try:
         known = AgentContainerState(int(state.state))
     except ValueError as exc:

@@ -3,39 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.config import Config
-from hyperpod.cri import convert, replies
+from hyperpod.cri import convert, filesystems, replies, stats_replies
 from hyperpod.cri.guard import guarded
 from hyperpod.cri.ports import Ports
 from hyperpod.errors import InvalidArgument
 from hyperpod.model.images import Image
 from hyperpod.sandbox.manager import HANDLERS
-
-
-def _usage(root: Path) -> tuple[int, int]:
-    """Bytes on disk and inodes of all below `root`; (0, 0) when it is not there."""
-    used = inodes = 0
-    for folder, _, names in os.walk(root):
-        inodes += 1 + len(names)
-        for name in names:
-            try:
-                used += (Path(folder) / name).lstat().st_blocks * 512
-            except FileNotFoundError:  # a pod that goes meanwhile
-                inodes -= 1
-    return used, inodes
-
-
-def _mountpoint(scratch: Path, images: str) -> str:
-    """Of the scratch disks. On one disk both are named alike: the kubelet takes two names for two disks."""
-    try:
-        return str(scratch) if scratch.stat().st_dev != Path(images).stat().st_dev else images
-    except FileNotFoundError:  # before the first pod
-        return images
 
 
 @guarded
@@ -44,7 +21,7 @@ class ImageService(cri.ImageServiceBase):
 
     def __init__(self, ports: Ports, config: Config) -> None:
         self._images = ports.images
-        self._scratch = config.state_dir / "scratch"
+        self._state_dir = config.state_dir
 
     def _matching(self, wanted: cri.ImageFilter | None) -> list[Image]:
         if wanted is None or wanted.image is None or not wanted.image.image:
@@ -86,9 +63,9 @@ class ImageService(cri.ImageServiceBase):
     async def image_fs_info(self, message: cri.ImageFsInfoRequest) -> cri.ImageFsInfoResponse:
         """Images in the store; containers write to the scratch disks of their pods."""
         images = await self._images.fs_info()
-        used, inodes = await asyncio.to_thread(_usage, self._scratch)
-        mountpoint = _mountpoint(self._scratch, images.mountpoint)
+        used, inodes = await asyncio.to_thread(filesystems.usage, filesystems.scratch(self._state_dir))
+        mountpoint = filesystems.scratch_mountpoint(self._state_dir, images.mountpoint)
         return cri.ImageFsInfoResponse(
-            image_filesystems=[replies.filesystem(images.mountpoint, images.used_bytes, images.inodes)],
-            container_filesystems=[replies.filesystem(mountpoint, used, inodes)],
+            image_filesystems=[stats_replies.filesystem(images.mountpoint, images.used_bytes, images.inodes)],
+            container_filesystems=[stats_replies.filesystem(mountpoint, used, inodes)],
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from hyperpod.container.execsync import ExecRunner
 from hyperpod.container.manager import ContainerManager
+from hyperpod.cri.stats import StatsReader
 from hyperpod.image.store import ImageStore
 from hyperpod.sandbox.manager import SandboxManager
 from hyperpod.sandbox.network import PodNetworks
@@ -20,3 +21,4 @@ class Ports:
     execs: ExecRunner
     images: ImageStore
     networks: PodNetworks
+    stats: StatsReader

@@ -310,15 +310,6 @@ def image_info(item: Image) -> dict[str, str]:
     }
 
 
-def filesystem(mountpoint: str, used_bytes: int, inodes: int) -> cri.FilesystemUsage:
-    return cri.FilesystemUsage(
-        timestamp=now_ns(),
-        fs_id=cri.FilesystemIdentifier(mountpoint=mountpoint),
-        used_bytes=cri.UInt64Value(value=used_bytes),
-        inodes_used=cri.UInt64Value(value=inodes),
-    )
-
-
 def pages(items: Sequence[Any], size: int = 256) -> list[list[Any]]:
     """For the streaming lists: messages of a bounded number of items."""
     return [list(items[at : at + size]) for at in range(0, len(items), size)]

@@ -109,7 +109,10 @@ class RuntimeService(cri.RuntimeServiceBase):
     async def pod_sandbox_status(self, message: cri.PodSandboxStatusRequest) -> cri.PodSandboxStatusResponse:
         sandbox = self._ports.sandboxes.get(message.pod_sandbox_id)
         containers = [container.view() for container in self._ports.containers.of(sandbox.id)]
-        return replies.pod_status(sandbox, containers, verbose=message.verbose)
+        reply = replies.pod_status(sandbox, containers, verbose=message.verbose)
+        if message.verbose and (host := await self._ports.stats.host(sandbox.id)):
+            reply.info["host"] = json.dumps(host)
+        return reply
 
     async def update_pod_sandbox_resources(
         self, message: cri.UpdatePodSandboxResourcesRequest
@@ -173,6 +176,38 @@ class RuntimeService(cri.RuntimeServiceBase):
     ) -> cri.UpdateContainerResourcesResponse:
         await self._ports.containers.update(message.container_id, convert.resources("linux", message.linux))
         return cri.UpdateContainerResourcesResponse()
+
+    # -- statistics ---------------------------------------------------------------------------------------
+
+    async def container_stats(self, message: cri.ContainerStatsRequest) -> cri.ContainerStatsResponse:
+        return cri.ContainerStatsResponse(stats=await self._ports.stats.container(message.container_id))
+
+    async def list_container_stats(
+        self, message: cri.ListContainerStatsRequest
+    ) -> cri.ListContainerStatsResponse:
+        return cri.ListContainerStatsResponse(stats=await self._ports.stats.containers(message.filter))
+
+    async def stream_container_stats(
+        self, message: cri.StreamContainerStatsRequest
+    ) -> AsyncIterator[cri.StreamContainerStatsResponse]:
+        for page in replies.pages(await self._ports.stats.containers(message.filter)):
+            yield cri.StreamContainerStatsResponse(container_stats=page)
+
+    async def pod_sandbox_stats(self, message: cri.PodSandboxStatsRequest) -> cri.PodSandboxStatsResponse:
+        return cri.PodSandboxStatsResponse(stats=await self._ports.stats.pod(message.pod_sandbox_id))
+
+    async def list_pod_sandbox_stats(
+        self, message: cri.ListPodSandboxStatsRequest
+    ) -> cri.ListPodSandboxStatsResponse:
+        return cri.ListPodSandboxStatsResponse(stats=await self._ports.stats.pods(message.filter))
+
+    async def stream_pod_sandbox_stats(
+        self, message: cri.StreamPodSandboxStatsRequest
+    ) -> AsyncIterator[cri.StreamPodSandboxStatsResponse]:
+        for page in replies.pages(await self._ports.stats.pods(message.filter)):
+            yield cri.StreamPodSandboxStatsResponse(pod_sandbox_stats=page)
+
+    # -- inside of containers -----------------------------------------------------------------------------
 
     async def exec_sync(self, message: cri.ExecSyncRequest) -> cri.ExecSyncResponse:
         timeout = convert.seconds("timeout", message.timeout)

@@ -64,7 +64,12 @@ async def client() -> AsyncIterator[Client]:
                 NetworkConfig(conf_dir=base / "net.d"), config.run_dir, lambda ident: base / ident
             )
             ports = Ports(
-                sandboxes=NOWHERE, containers=NOWHERE, execs=NOWHERE, images=store, networks=networks
+                sandboxes=NOWHERE,
+                containers=NOWHERE,
+                execs=NOWHERE,
+                images=store,
+                networks=networks,
+                stats=NOWHERE,
             )
             services = [
                 RuntimeService(ports, config, NOWHERE),

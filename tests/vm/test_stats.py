@@ -1,0 +1,196 @@
+"""Statistics through the CRI socket: what a container does in its guest is seen, within bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+
+import pytest
+from grpclib.const import Status
+from grpclib.exceptions import GRPCError
+
+from hyperpod.api.gen.runtime import v1 as cri
+from tests.daemonkit import Cri
+
+pytestmark = pytest.mark.vm
+
+MIB = 1 << 20
+
+
+def value(number: cri.UInt64Value | None) -> int:
+    assert number is not None
+    return number.value
+
+
+async def of(client: Cri, container: str) -> cri.ContainerStats:
+    reply = await client.runtime.container_stats(cri.ContainerStatsRequest(container_id=container))
+    assert reply.stats is not None
+    return reply.stats
+
+
+async def of_pod(client: Cri, pod: str) -> cri.PodSandboxStats:
+    reply = await client.runtime.pod_sandbox_stats(cri.PodSandboxStatsRequest(pod_sandbox_id=pod))
+    assert reply.stats is not None
+    return reply.stats
+
+
+async def logged(client: Cri, container: str) -> None:
+    async with asyncio.timeout(60):
+        while not await client.log(container):
+            await asyncio.sleep(0.1)
+
+
+async def test_what_containers_do_is_seen(cri_client: Cri, pod: str) -> None:
+    limits = cri.LinuxContainerResources(memory_limit_in_bytes=100 * MIB)
+    linux = cri.LinuxContainerConfig(resources=limits)
+    busy = await cri_client.sh(pod, "echo up; while :; do :; done", labels={"kind": "busy"})
+    hungry = await cri_client.sh(
+        pod, "dd if=/dev/zero of=/dev/shm/hog bs=1M count=40; echo up; sleep 600", linux=linux
+    )
+    writing = await cri_client.sh(
+        pod,
+        "dd if=/dev/zero of=/big bs=1M count=30; for i in 1 2 3 4 5; do : > /f$i; done; sync; echo up; sleep 600",
+    )
+    idle = await cri_client.create(pod, "sleep", "600")
+    for container in (busy, hungry, writing):
+        await logged(cri_client, container)
+    first = await of(cri_client, busy)
+    await asyncio.sleep(1.5)
+    before = time.time_ns()
+    stats = {name: await of(cri_client, name) for name in (busy, hungry, writing, idle)}
+    cpu, memory, disk = stats[busy].cpu, stats[hungry].memory, stats[writing].writable_layer
+    assert cpu is not None and first.cpu is not None
+    assert value(cpu.usage_core_nano_seconds) - value(first.cpu.usage_core_nano_seconds) > 100_000_000
+    assert 50_000_000 < value(cpu.usage_nano_cores) <= 8_000_000_000
+    assert before - 10**9 < cpu.timestamp <= time.time_ns(), "by the host's clock"
+    assert cpu.psi is not None and cpu.psi.some is not None
+    assert memory is not None
+    assert 40 * MIB <= value(memory.working_set_bytes) <= value(memory.usage_bytes) <= 100 * MIB
+    assert value(memory.available_bytes) == 100 * MIB - value(memory.working_set_bytes)
+    assert value(memory.rss_bytes) < 20 * MIB, "tmpfs is no anonymous memory"
+    assert value(memory.page_faults) > 0
+    assert disk is not None and disk.fs_id is not None
+    assert 30 * MIB <= value(disk.used_bytes) < 34 * MIB
+    assert 7 <= value(disk.inodes_used) < 20
+    images = await cri_client.images.image_fs_info(cri.ImageFsInfoRequest())
+    scratch = images.container_filesystems[0].fs_id
+    assert scratch is not None and scratch.mountpoint == disk.fs_id.mountpoint
+    other = stats[busy].writable_layer
+    assert other is not None and value(other.used_bytes) < MIB, "each has its own quota"
+    assert stats[idle].cpu is None and stats[idle].memory is None
+    assert stats[idle].writable_layer is not None
+    await cri_client.exec(writing, "rm", "/big")
+    await asyncio.sleep(0.6)
+    after = (await of(cri_client, writing)).writable_layer
+    assert after is not None and value(after.used_bytes) < 4 * MIB
+
+    whole = await of_pod(cri_client, pod)
+    assert whole.linux is not None and whole.linux.cpu is not None and whole.linux.memory is not None
+    assert {c.attributes.id for c in whole.linux.containers if c.attributes} == {busy, hungry, writing, idle}
+    assert value(whole.linux.cpu.usage_core_nano_seconds) >= value(cpu.usage_core_nano_seconds)
+    assert value(whole.linux.cpu.usage_nano_cores) > 0
+    assert value(whole.linux.memory.working_set_bytes) >= 40 * MIB
+    assert whole.linux.process is not None and value(whole.linux.process.process_count) >= 3
+    assert whole.linux.network is not None
+
+
+async def test_lists_and_filters(cri_client: Cri, pod: str) -> None:
+    other = await cri_client.run_pod()
+    one = await cri_client.sh(pod, "sleep 600", labels={"a": "b"})
+    two = await cri_client.sh(other, "sleep 600")
+    done = await cri_client.run(other, "/bin/true")
+    await cri_client.wait(done)
+
+    async def listed(**wanted: object) -> set[str]:
+        request = cri.ListContainerStatsRequest(filter=cri.ContainerStatsFilter(**wanted))  # type: ignore[arg-type]
+        found = (await cri_client.runtime.list_container_stats(request)).stats
+        pages = [
+            page
+            async for page in cri_client.runtime.stream_container_stats(
+                cri.StreamContainerStatsRequest(filter=request.filter)
+            )
+        ]
+        assert [s for page in pages for s in page.container_stats] == found
+        return {stats.attributes.id for stats in found if stats.attributes}
+
+    assert await listed() == {one, two, done}
+    assert await listed(id=one[:20]) == {one}
+    assert await listed(pod_sandbox_id=other) == {two, done}
+    assert await listed(label_selector={"a": "b"}) == {one}
+    assert await listed(label_selector={"a": "c"}) == set()
+    everything = (await cri_client.runtime.list_container_stats(cri.ListContainerStatsRequest())).stats
+    without = [s.attributes.id for s in everything if s.cpu is None and s.attributes]
+    assert without == [done]
+    pods = (await cri_client.runtime.list_pod_sandbox_stats(cri.ListPodSandboxStatsRequest())).stats
+    assert {s.attributes.id for s in pods if s.attributes} == {pod, other}
+    picked = cri.ListPodSandboxStatsRequest(filter=cri.PodSandboxStatsFilter(id=other))
+    [stats] = (await cri_client.runtime.list_pod_sandbox_stats(picked)).stats
+    assert stats.attributes is not None and stats.attributes.id == other
+    await cri_client.runtime.stop_pod_sandbox(cri.StopPodSandboxRequest(pod_sandbox_id=other))
+    pods = (await cri_client.runtime.list_pod_sandbox_stats(cri.ListPodSandboxStatsRequest())).stats
+    assert [s.attributes.id for s in pods if s.attributes] == [pod]
+    with pytest.raises(GRPCError) as info:
+        await of_pod(cri_client, other)
+    assert info.value.status is Status.FAILED_PRECONDITION
+    for call in (of(cri_client, "f" * 64), of_pod(cri_client, "f" * 64)):
+        with pytest.raises(GRPCError) as info:
+            await call
+        assert info.value.status is Status.NOT_FOUND
+    await cri_client.remove_pod(other)
+
+
+async def test_a_guest_that_does_not_answer_holds_nobody_up(cri_client: Cri, pod: str) -> None:
+    other = await cri_client.run_pod()
+    container = await cri_client.sh(other, "sleep 600")
+    known = await of(cri_client, container)
+    [line] = [p for p in cri_client.daemon.processes() if "qemu-system" in p and other[:12] in p]
+    os.kill(int(line.split()[0]), signal.SIGSTOP)
+    try:
+        await asyncio.sleep(0.6)
+        for _ in range(2):
+            began = time.monotonic()
+            reply = await cri_client.runtime.list_pod_sandbox_stats(cri.ListPodSandboxStatsRequest())
+            assert time.monotonic() - began < 10
+            stats = {s.attributes.id: s for s in reply.stats if s.attributes}
+            answering, silent = stats[pod].linux, stats[other].linux
+            assert answering is not None and answering.cpu is not None
+            assert silent is not None
+            [last] = silent.containers
+            assert last.cpu == known.cpu, "what was last known, with its time"
+        assert cri_client.daemon.text().count(f"sandbox {other[:12]}: no statistics") == 1
+    finally:
+        os.kill(int(line.split()[0]), signal.SIGCONT)
+    async with asyncio.timeout(60):
+        while (await of(cri_client, container)).cpu == known.cpu:
+            await asyncio.sleep(0.5)
+    await cri_client.remove_pod(other)
+
+
+async def test_what_the_vm_costs_its_host(cri_client: Cri, pod: str) -> None:
+    request = cri.PodSandboxStatusRequest(pod_sandbox_id=pod, verbose=True)
+    host = json.loads((await cri_client.runtime.pod_sandbox_status(request)).info["host"])
+    names = {process["name"] for process in host["processes"]}
+    assert any(name.startswith("qemu-system") for name in names)
+    assert len(host["processes"]) >= 2, "the shim too"
+    assert 20 * MIB < host["overhead_memory_bytes"] < 300 * MIB
+    assert host["memory_bytes"] > host["guest_memory_bytes"] > 10 * MIB
+    assert host["cpu_ns"] >= host["guest_cpu_ns"] / 2
+    assert host["cgroup"].endswith(pod[:12])
+
+
+async def test_statistics_while_containers_come_and_go(cri_client: Cri, pod: str) -> None:
+    async def churn() -> None:
+        for _ in range(4):
+            container = await cri_client.run(pod, "/bin/true")
+            await cri_client.wait(container)
+            await cri_client.runtime.remove_container(cri.RemoveContainerRequest(container_id=container))
+
+    working = asyncio.gather(churn(), churn())
+    while not working.done():
+        await cri_client.runtime.list_container_stats(cri.ListContainerStatsRequest())
+        await of_pod(cri_client, pod)
+        await asyncio.sleep(0.05)
+    await working
