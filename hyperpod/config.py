@@ -66,6 +66,17 @@ class NetworkConfig(Section):
     """Seconds for one call of one plugin."""
 
 
+class ContainerConfig(Section):
+    """What containers get."""
+
+    seccomp_profile: Path = Path("/usr/share/containers/seccomp.json")
+    """RuntimeDefault, in OCI's or Docker's form; Debian: golang-github-containers-common, which skopeo needs."""
+    unset_seccomp_profile: Literal["RuntimeDefault", "Unconfined"] = "Unconfined"
+    """For a security context without a profile. CRI says unconfined; a kubelet always names one."""
+    filter_unconfined: bool = False
+    """Deny AF_VSOCK and AF_ALG sockets to unconfined and privileged containers as well, by a filter."""
+
+
 class Config(Section):
     """The whole configuration."""
 
@@ -79,6 +90,7 @@ class Config(Section):
     vm: VmConfig = VmConfig()
     image: ImageConfig = ImageConfig()
     network: NetworkConfig = NetworkConfig()
+    container: ContainerConfig = ContainerConfig()
 
     @field_validator("run_dir")
     @classmethod

@@ -24,6 +24,7 @@ from hyperpod import __version__, logs
 from hyperpod.config import Config
 from hyperpod.container.execsync import ExecRunner
 from hyperpod.container.manager import ContainerManager
+from hyperpod.container.seccomp import SeccompProfiles
 from hyperpod.container.stats import StatsCollector
 from hyperpod.cri.admin_service import AdminService
 from hyperpod.cri.image_service import ImageService
@@ -132,6 +133,7 @@ async def running(config: Config) -> AsyncIterator[RpcServer]:
             RecordStore(config.state_dir, "containers", ContainerRecord, ContainerStatus),
             sandboxes,
             images,
+            SeccompProfiles(config.container),
             owner,
         )
         sandboxes.listen(containers)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hyperpod.agentclient.client import AgentClient
-from hyperpod.agentclient.types import ContainerInfo, Layer
+from hyperpod.agentclient.types import ContainerInfo, Layer, Security
 from hyperpod.errors import ProtocolError, Unavailable
 from hyperpod.spec.oci import ContainerSpecInput, build_process, build_spec
 from hyperpod.vsock.dial import Endpoint, HostEndpoint
@@ -31,7 +31,26 @@ TIMEOUT = 60.0
 
 APPLETS = (
     *("sh", "grep", "pwd", "cat", "echo", "sleep", "ls", "id", "ps", "kill", "yes", "head", "dd", "true"),
-    *("false", "env", "mount", "tr", "wc", "stty", "seq", "test", "printf", "mkdir", "date"),
+    *(
+        "false",
+        "env",
+        "mount",
+        "tr",
+        "wc",
+        "stty",
+        "seq",
+        "test",
+        "printf",
+        "mkdir",
+        "date",
+        "chmod",
+        "rm",
+        "touch",
+        "hostname",
+        "df",
+        "tail",
+        "mknod",
+    ),
 )
 
 
@@ -58,6 +77,11 @@ def make_busybox_layer(directory: Path) -> Path:
     for applet in APPLETS:
         (root / "bin" / applet).symlink_to("busybox")
     (root / "etc/notes").write_text("not a program\n")
+    (root / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nbob:x:1000:1001::/home/bob:/bin/sh\n")
+    (root / "etc/group").write_text("root:x:0:\nbob:x:1001:\nteam:x:50000:bob\n")
+    subprocess.run(
+        ["gcc", "-static", "-O1", "-o", root / "bin/probe", REPOSITORY / "tests/probe.c"], check=True
+    )
     image = directory / "busybox.sqfs"
     subprocess.run(
         ["mksquashfs", root, image, "-quiet", "-no-progress", "-all-root", "-comp", "gzip"],
@@ -131,6 +155,7 @@ class AgentKit:
         spec: ContainerSpecInput | None = None,
         stdin: bool = False,
         stdin_once: bool = False,
+        security: Security | None = None,
     ) -> str:
         """A created container that runs `args`."""
         ident = secrets.token_hex(32)
@@ -143,21 +168,28 @@ class AgentKit:
             tty=full.tty,
             stdin=stdin,
             stdin_once=stdin_once,
+            security=security,
         )
         return ident
 
     async def run(
-        self, *args: str, spec: ContainerSpecInput | None = None
+        self, *args: str, spec: ContainerSpecInput | None = None, security: Security | None = None
     ) -> tuple[str, ContainerInfo, bytes]:
         """Run to the end: id, how it ended, and its stdout."""
-        ident = await self.create(*args, spec=spec)
+        ident = await self.create(*args, spec=spec, security=security)
         await self.client.start_container(ident)
         async with self.output(ident) as stream:
             out = await stream.read_all()
         return ident, await self.exit_of(ident), out
 
-    async def start(self, *args: str, spec: ContainerSpecInput | None = None, **options: bool) -> str:
-        ident = await self.create(*args, spec=spec, **options)
+    async def start(
+        self,
+        *args: str,
+        spec: ContainerSpecInput | None = None,
+        security: Security | None = None,
+        **options: bool,
+    ) -> str:
+        ident = await self.create(*args, spec=spec, security=security, **options)
         await self.client.start_container(ident)
         return ident
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from hyperpod.agent import rootfs
+from hyperpod.agent import rootfs, security
 from hyperpod.agent.cgroups import Cgroups
 from hyperpod.agent.crun import Crun
 from hyperpod.agent.events import State, Status
@@ -26,6 +26,7 @@ from hyperpod.agent.process import ConsoleSocket, Pipes, ProcessIO
 from hyperpod.agent.quota import Quota
 from hyperpod.agent.reaper import Reaper
 from hyperpod.agent.resources import adapt
+from hyperpod.agent.security import Security
 from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, InvalidArgument, NotFound
 from hyperpod.tasks import TaskOwner, bounded
 
@@ -92,6 +93,8 @@ class Exec:
     async def start(self, tools: Tools, process: dict[str, Any]) -> int:
         """Gives the pid. Raises NotFound (no such program), FailedPrecondition."""
         process["terminal"] = self.io.tty
+        process["user"] = self.container.user
+        security.complete(process, self.container.environment)
         path = f"{tools.layout.bundle(self.container.id)}/{self.id}"
         _write_json(path, process)
         tools.cgroups.make_exec(self.container.id, self.id)
@@ -158,6 +161,11 @@ class Container:
         self.cgroup = tools.cgroups.container_path(ident)
         self.lost_oom_kills = 0
         """Of execs that were removed."""
+        self.user: dict[str, Any] = {}
+        """OCI user object, for execs as well."""
+        self.environment: tuple[str, ...] = ()
+        """Variables that it has unless others are given, for execs as well."""
+        self.pid_target: Container | None = None
         self._serials: list[str] = []
         self._lock = asyncio.Lock()
         self._over = asyncio.Event()
@@ -168,7 +176,7 @@ class Container:
         """Of all that ran in it so far, execs included."""
         return self.lost_oom_kills + self.tools.cgroups.oom_kills(self.id)
 
-    async def prepare(self, spec: dict[str, Any], layers: list[LayerSource]) -> None:
+    async def prepare(self, spec: dict[str, Any], layers: list[LayerSource], wanted: Security | None) -> None:
         """Mount the root and write the bundle. Nothing is left when it fails."""
         layout = self.tools.layout
         if not layers:
@@ -181,6 +189,10 @@ class Container:
             spec["linux"]["cgroupsPath"] = self.cgroup
             spec["linux"]["resources"] = adapt(self.tools.cgroups, spec["linux"]["resources"])
             spec["process"]["terminal"] = self.io.tty
+            if wanted is not None:
+                self.environment = await security.apply(spec, wanted)
+                security.complete(spec["process"], self.environment)
+            self.user = spec["process"]["user"]
             _write_json(f"{layout.bundle(self.id)}/config.json", spec)
         except (HyperpodError, OSError, KeyError, TypeError) as exc:
             await self._undo()
@@ -194,6 +206,8 @@ class Container:
             if self.status.state is not State.CREATED or self._removed:
                 raise FailedPrecondition(f"container {self.id[:12]} is {self.status.state.name}, not CREATED")
             tools = self.tools
+            if self.pid_target is not None:
+                self._join(self.pid_target)
             try:
                 pid, exited = await tools.launch(
                     self.io, lambda child, console: tools.crun.run(self.id, child, console)
@@ -228,6 +242,20 @@ class Container:
                 spec = json.load(file)
             spec["linux"]["resources"] = {"devices": spec["linux"]["resources"].get("devices", []), **fitted}
             _write_json(f"{bundle}/config.json", spec)
+
+    def _join(self, target: Container) -> None:
+        """Write the target's pid namespace into the bundle. Raises FailedPrecondition when it does not run."""
+        if target.status.state is not State.RUNNING:
+            raise FailedPrecondition(
+                f"container {target.id[:12]}, whose processes it is to see, is {target.status.state.name}"
+            )
+        path = f"{self.tools.layout.bundle(self.id)}/config.json"
+        with open(path) as file:
+            spec = json.load(file)
+        namespaces = [item for item in spec["linux"]["namespaces"] if item["type"] != "pid"]
+        namespaces.append({"type": "pid", "path": f"/proc/{target.status.pid}/ns/pid"})
+        spec["linux"]["namespaces"] = namespaces
+        _write_json(path, spec)
 
     async def _wait(self, exited: asyncio.Future[int]) -> None:
         """From the end of the first process to the report of it."""

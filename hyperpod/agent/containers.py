@@ -9,6 +9,7 @@ from typing import Any
 from hyperpod.agent.container import Container, Tools
 from hyperpod.agent.events import EventLog, Status
 from hyperpod.agent.layers import LayerSource
+from hyperpod.agent.security import Security
 from hyperpod.agent.streams import InputStream, OutputStream
 from hyperpod.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
 from hyperpod.tasks import Operations
@@ -63,8 +64,16 @@ class Containers:
         return [container.status for container in self._known.values()]
 
     async def create(
-        self, ident: str, spec: bytes, layers: list[LayerSource], *, tty: bool, stdin: bool, stdin_once: bool
-    ) -> None:
+        self,
+        ident: str,
+        spec: bytes,
+        layers: list[LayerSource],
+        security: Security | None = None,
+        *,
+        tty: bool,
+        stdin: bool,
+        stdin_once: bool,
+    ) -> Container:
         check_id("container", ident, 64)
         document = parse_object("the OCI spec", spec)
         if ident in self._known:
@@ -72,17 +81,20 @@ class Containers:
         if len(self._known) >= MAX_CONTAINERS:
             raise ResourceExhausted(f"there are {MAX_CONTAINERS} containers already")
         made = Container(ident, self.tools, self.events.publish, tty=tty, stdin=stdin, stdin_once=stdin_once)
+        if security is not None and security.pid_target:
+            made.pid_target = self.get(security.pid_target)
 
         async def prepare() -> None:
             # Known from the start, so that a Remove that overtakes finds it.
             self._known[ident] = made
             try:
-                await made.prepare(document, layers)
+                await made.prepare(document, layers, security)
             except BaseException:
                 del self._known[ident]
                 raise
 
         await self._operations.run(f"create/{ident}", prepare)
+        return made
 
     async def start(self, ident: str) -> int:
         container = self.get(ident)

@@ -187,7 +187,7 @@ def mount_api_filesystems() -> None:
         ("sysfs", "/sys", "sysfs", safe, ""),
         ("devtmpfs", "/dev", "devtmpfs", linux.MS_NOSUID, "mode=755"),
         ("devpts", "/dev/pts", "devpts", linux.MS_NOSUID | linux.MS_NOEXEC, "gid=5,mode=620,ptmxmode=666"),
-        ("tmpfs", "/dev/shm", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=1777"),
+        ("tmpfs", "/dev/shm", "tmpfs", safe, "mode=1777,size=64m"),  # the pod's
         ("tmpfs", "/run", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=755,size=25%"),
         ("tmpfs", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=1777,size=10%"),
         ("cgroup2", CGROUP_ROOT, "cgroup2", safe, "nsdelegate"),

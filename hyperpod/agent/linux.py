@@ -19,6 +19,10 @@ MNT_DETACH = 2
 CLONE_NEWNS = 0x00020000
 PR_SET_CHILD_SUBREAPER = 36
 
+SYS_OPENAT2 = 437
+"""The same on every architecture."""
+RESOLVE_NO_MAGICLINKS, RESOLVE_IN_ROOT = 2, 16
+
 RB_POWER_OFF = 0x4321FEDC
 
 RNDADDENTROPY = 0x40085203
@@ -55,6 +59,14 @@ def umount(target: str, flags: int = 0) -> None:
 
 def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), "unshare")
+
+
+def open_in_root(root: int, path: str, flags: int) -> int:
+    """openat2(2) that takes the folder `root` for "/", whatever symlinks say, and follows none of /proc."""
+    how = struct.pack("QQQ", flags | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+    fd = _libc.syscall(ctypes.c_long(SYS_OPENAT2), root, path.encode(), how, ctypes.c_size_t(len(how)))
+    _check(fd, path)
+    return int(fd)
 
 
 def become_subreaper() -> None:

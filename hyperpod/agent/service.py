@@ -24,6 +24,7 @@ from hyperpod.agent.containers import Containers
 from hyperpod.agent.environment import Place
 from hyperpod.agent.events import Status
 from hyperpod.agent.layers import LayerSource
+from hyperpod.agent.security import Security
 from hyperpod.agent.stats import Stats
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import (
@@ -83,15 +84,19 @@ class AgentService(v1.AgentBase):
         )
 
     async def create_container(self, message: v1.CreateContainerRequest) -> v1.CreateContainerResponse:
-        await self._containers.create(
+        made = await self._containers.create(
             message.id,
             message.oci_spec,
             [LayerSource(layer.serial, layer.path, layer.fstype) for layer in message.layers],
+            _security(message.security),
             tty=message.tty,
             stdin=message.stdin,
             stdin_once=message.stdin_once,
         )
-        return v1.CreateContainerResponse()
+        if message.security is None:
+            return v1.CreateContainerResponse()
+        user = v1.User(uid=made.user["uid"], gid=made.user["gid"], groups=made.user["additionalGids"])
+        return v1.CreateContainerResponse(user=user)
 
     async def start_container(self, message: v1.StartContainerRequest) -> v1.StartContainerResponse:
         return v1.StartContainerResponse(pid=await self._containers.start(message.id))
@@ -162,6 +167,18 @@ class AgentService(v1.AgentBase):
         # After the answer: a moment for it to leave.
         asyncio.get_running_loop().call_later(0.05, self._place.end)
         return v1.ShutdownResponse()
+
+
+def _security(message: v1.Security | None) -> Security | None:
+    if message is None:
+        return None
+    return Security(
+        user=message.user,
+        strict_groups=message.strict_groups,
+        pid_target=message.pid_target,
+        devices=tuple((x.path, x.container_path, x.permissions) for x in message.devices),
+        all_devices=message.all_devices,
+    )
 
 
 def _state(status: Status) -> v1.ContainerState:

@@ -14,7 +14,15 @@ from h2.exceptions import H2Error
 from hyperpod.agentclient import figures
 from hyperpod.agentclient.channel import AgentChannel
 from hyperpod.agentclient.figures import Bounds, SandboxFigures
-from hyperpod.agentclient.types import AgentContainerState, ContainerInfo, ExitEvent, HelloInfo, Layer
+from hyperpod.agentclient.types import (
+    AgentContainerState,
+    ContainerInfo,
+    ExitEvent,
+    HelloInfo,
+    Layer,
+    Security,
+    UserInfo,
+)
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import (
     AlreadyExists,
@@ -30,6 +38,7 @@ from hyperpod.errors import (
 )
 from hyperpod.logs import printable
 from hyperpod.model.network import GuestInterface
+from hyperpod.spec.users import MAX_GROUPS, MAX_ID
 from hyperpod.vsock.dial import Endpoint
 from hyperpod.vsock.open import CONTROL_PORT, open_agent
 
@@ -131,8 +140,9 @@ class AgentClient:
         stdin: bool = False,
         stdin_once: bool = False,
         scratch: str = "",
-    ) -> None:
-        """Mount the root and write the bundle. `layers`: topmost last."""
+        security: Security | None = None,
+    ) -> UserInfo | None:
+        """Mount the root and write the bundle. `layers`: topmost last. Gives the user when `security` is given."""
         if len(oci_spec) > MAX_REQUEST - 64 * 1024:
             raise InvalidArgument(f"the container's specification is {len(oci_spec)} bytes, too large")
         request = v1.CreateContainerRequest(
@@ -143,8 +153,10 @@ class AgentClient:
             tty=tty,
             stdin=stdin,
             stdin_once=stdin_once,
+            security=_security(security),
         )
-        await self._call(lambda stub: stub.create_container, request, LONG)
+        user = (await self._call(lambda stub: stub.create_container, request, LONG)).user
+        return None if user is None else _user(user)
 
     async def start_container(self, ident: str) -> int:
         """Gives the pid in the guest. Raises NotFound for a missing program; it is CREATED still then."""
@@ -288,6 +300,28 @@ def _ident(value: str) -> str:
     if len(value) != 64 or not _HEX.issuperset(value):
         raise GuestError("the agent reports a container without a proper id")
     return value
+
+
+def _security(security: Security | None) -> v1.Security | None:
+    if security is None:
+        return None
+    return v1.Security(
+        user=security.user,
+        strict_groups=security.strict_groups,
+        pid_target=security.pid_target,
+        devices=[
+            v1.Device(path=x.path, container_path=x.container_path, permissions=x.permissions)
+            for x in security.devices
+        ],
+        all_devices=security.all_devices,
+    )
+
+
+def _user(user: v1.User) -> UserInfo:
+    """Raises GuestError for ids that no kernel has."""
+    if len(user.groups) > MAX_GROUPS or max(user.uid, user.gid, *user.groups) > MAX_ID:
+        raise GuestError("the agent reports a user that cannot be")
+    return UserInfo(user.uid, user.gid, tuple(user.groups))
 
 
 def _info(state: Any) -> ContainerInfo:

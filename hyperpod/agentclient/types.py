@@ -29,6 +29,35 @@ class Layer:
     fstype: str
 
 
+@dataclass(frozen=True)
+class Device:
+    """A device node of the guest. `permissions`: some of "rwm"."""
+
+    path: str
+    container_path: str
+    permissions: str
+
+
+@dataclass(frozen=True)
+class Security:
+    """What the agent decides of a container's security; see Security in agent.proto."""
+
+    user: str = ""
+    strict_groups: bool = False
+    pid_target: str = ""
+    devices: tuple[Device, ...] = ()
+    all_devices: bool = False
+
+
+@dataclass(frozen=True)
+class UserInfo:
+    """Whom a container runs as, in the agent's words. `groups` has `gid` too."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
 class AgentContainerState(IntEnum):
     """Numbers of agent.proto."""
 

@@ -15,11 +15,13 @@ from hyperpod.agentclient.types import AgentContainerState, ContainerInfo, Layer
 from hyperpod.container import process, signals
 from hyperpod.container.live import LiveContainer
 from hyperpod.container.logfile import log_path, open_log
+from hyperpod.container.seccomp import SeccompProfiles
 from hyperpod.container.stop import Stopper
 from hyperpod.errors import (
     AlreadyExists,
     FailedPrecondition,
     HyperpodError,
+    InvalidArgument,
     NotFound,
 )
 from hyperpod.image.store import ImageStore, LayerFile
@@ -36,7 +38,7 @@ from hyperpod.model.container import (
 )
 from hyperpod.model.images import Image
 from hyperpod.model.sandbox import SandboxConfig
-from hyperpod.model.security import LinuxResources
+from hyperpod.model.security import LinuxResources, NamespaceMode, User
 from hyperpod.sandbox.disks import serial_of
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.sandbox.manager import SandboxManager
@@ -63,8 +65,10 @@ class ContainerManager:
         store: RecordStore[ContainerRecord, ContainerStatus],
         sandboxes: SandboxManager,
         images: ImageStore,
+        seccomp: SeccompProfiles,
         owner: TaskOwner,
     ) -> None:
+        self._seccomp = seccomp
         self.store, self.sandboxes, self.images, self.owner = store, sandboxes, images, owner
         self.index: IdIndex[LiveContainer] = IdIndex("container")
         self._names: dict[tuple[str, str, int], str] = {}
@@ -112,7 +116,9 @@ class ContainerManager:
         ident = secrets.token_hex(32)
         record = self._record(ident, sandbox, config, image)
         resources = limits.fit("config.linux.resources", config.resources, sandbox.record.size)
-        spec = build_spec(replace(process.spec_input(record), resources=resources))
+        self._check_security(sandbox, config)
+        seccomp = await self._seccomp.of(config, sandbox.record.kernel.version)
+        spec = build_spec(replace(process.spec_input(record, seccomp), resources=resources))
         container = LiveContainer(record, ContainerStatus(resources=resources))
         async with container.lock:
             await self._prepare(container, sandbox, spec, self.images.lease(image.id, ident))
@@ -123,6 +129,7 @@ class ContainerManager:
     ) -> None:
         """Record, disks, bundle in the guest, log; undone when one fails."""
         ident, record, config = container.id, container.record, container.record.config
+        security = process.security(config, record.image_config)
         try:
             await self.store.create(ident, record, container.status)
             self._add(container)
@@ -130,20 +137,38 @@ class ContainerManager:
             await sandbox.disks.attach(layers, ident)
             failpoints.passing("container.layers")
             agent = await sandbox.session.client()
-            await agent.create_container(
+            user = await agent.create_container(
                 ident,
                 oci_spec=spec,
                 layers=[Layer(serial=serial_of(x.name), path="", fstype=x.fstype) for x in layers],
                 tty=config.tty,
                 stdin=config.stdin,
                 stdin_once=config.stdin_once,
+                security=security,
             )
+            known = user and User(uid=user.uid, gid=user.gid, groups=user.groups)
             await self._start_log(container, sandbox)
-            await self._set(container, prepared=True)
+            await self._set(container, prepared=True, user=known)
             failpoints.passing("container.prepared")
         except (HyperpodError, OSError):
             await self._discard(container, sandbox)
             raise
+
+    def _check_security(self, sandbox: LiveSandbox, config: ContainerConfig) -> None:
+        """What only pod and container together can tell. Raises InvalidArgument, NotFound, FailedPrecondition."""
+        if config.privileged and not sandbox.record.config.privileged:
+            raise InvalidArgument(
+                "a privileged container needs a pod whose security context is privileged too"
+            )
+        if config.namespaces.pid is not NamespaceMode.TARGET:
+            return
+        if not config.namespaces.target_id:
+            raise InvalidArgument("namespace_options.pid is TARGET and target_id is empty")
+        target = self.index.get(config.namespaces.target_id)
+        if target.sandbox_id != sandbox.id:
+            raise InvalidArgument(f"target container {target.short} is in another pod")
+        if target.state is not ContainerState.RUNNING:
+            raise FailedPrecondition(f"target container {target.short} is {target.state.value}, not running")
 
     def _record(
         self, ident: str, sandbox: LiveSandbox, config: ContainerConfig, image: Image

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from hyperpod.errors import FailedPrecondition, HyperpodError, InvalidArgument, NotFound, Unsupported
+from typing import Any
+
+from hyperpod.agentclient.types import Device, Security
+from hyperpod.errors import FailedPrecondition, HyperpodError, InvalidArgument, NotFound
 from hyperpod.model.container import ContainerConfig, ContainerRecord
 from hyperpod.model.images import ImageConfig
 from hyperpod.model.security import NamespaceMode
-from hyperpod.spec.oci import ContainerSpecInput
+from hyperpod.spec.oci import MASKED_PATHS, READONLY_PATHS, RLIMITS, ContainerSpecInput
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -35,25 +38,26 @@ def environment(config: ContainerConfig, image: ImageConfig) -> tuple[bytes, ...
     return tuple(key + b"=" + value for key, value in merged.items())
 
 
-def user(config: ContainerConfig, image: ImageConfig) -> tuple[int, int]:
-    """uid and gid. Raises InvalidArgument, or Unsupported for names (they need the guest's /etc/passwd)."""
-    if config.run_as_username:
-        raise Unsupported("run_as_username is not built yet; give run_as_user")
-    if config.run_as_user is None:
+def user(config: ContainerConfig, image: ImageConfig) -> str:
+    """As in an image's configuration; the request's goes before the image's. Raises InvalidArgument."""
+    owner = config.run_as_username or ("" if config.run_as_user is None else str(config.run_as_user))
+    if not owner:
         if config.run_as_group is not None:
-            raise InvalidArgument("run_as_group is set without run_as_user")
-        name, _, group = image.user.partition(":")
-        if (name and not name.isdecimal()) or (group and not group.isdecimal()):
-            if name in ("root", "") and group in ("root", ""):
-                return (0, 0)
-            raise Unsupported(f"the image's user {image.user!r} is a name; give run_as_user by number")
-        uid, gid = int(name or 0), int(group or 0)
-    else:
-        uid, gid = config.run_as_user, config.run_as_group or 0
-    for what, value in (("user", uid), ("group", gid)):
-        if not 0 <= value < 2**32 - 1:
-            raise InvalidArgument(f"{what} id {value} is out of range")
-    return (uid, gid)
+            raise InvalidArgument("run_as_group is set without run_as_user or run_as_username")
+        return image.user
+    return owner if config.run_as_group is None else f"{owner}:{config.run_as_group}"
+
+
+def security(config: ContainerConfig, image: ImageConfig) -> Security:
+    """What is left to the agent. Raises InvalidArgument."""
+    target = config.namespaces.target_id if config.namespaces.pid is NamespaceMode.TARGET else ""
+    return Security(
+        user=user(config, image),
+        strict_groups=config.strict_groups,
+        pid_target=target,
+        devices=tuple(Device(x.host_path, x.container_path, x.permissions) for x in config.devices),
+        all_devices=config.privileged,
+    )
 
 
 def start_failure(argv: tuple[str, ...], exc: HyperpodError) -> HyperpodError:
@@ -64,25 +68,30 @@ def start_failure(argv: tuple[str, ...], exc: HyperpodError) -> HyperpodError:
     return exc
 
 
-def spec_input(record: ContainerRecord) -> ContainerSpecInput:
-    """All that the OCI runtime spec of a container is built from. Raises InvalidArgument or Unsupported."""
+def spec_input(record: ContainerRecord, seccomp: dict[str, Any] | None = None) -> ContainerSpecInput:
+    """All that the OCI runtime spec of a container is built from, but what `security` leaves to the agent.
+
+    `seccomp`: the filter; an exec has its container's. Raises InvalidArgument."""
     config, image = record.config, record.image_config
-    uid, gid = user(config, image)
+    paths = (config.masked_paths, config.readonly_paths)
+    masked, readonly = paths if config.has_security_context else (MASKED_PATHS, READONLY_PATHS)
     return ContainerSpecInput(
         args=arguments(config, image),
         env=environment(config, image),
         cwd=config.working_dir or image.working_dir or "/",
-        uid=uid,
-        gid=gid,
         additional_gids=config.supplemental_groups,
-        own_pid=config.namespaces.pid is not NamespaceMode.POD,
+        own_pid=config.namespaces.pid is NamespaceMode.CONTAINER,
         own_ipc=config.namespaces.ipc is not NamespaceMode.POD,
         tty=config.tty,
         readonly_rootfs=config.readonly_rootfs,
         add_capabilities=config.capabilities.add,
         drop_capabilities=config.capabilities.drop,
+        ambient_capabilities=config.capabilities.add_ambient,
+        privileged=config.privileged,
         no_new_privileges=config.no_new_privs,
-        masked_paths=config.masked_paths,
-        readonly_paths=config.readonly_paths,
+        masked_paths=masked,
+        readonly_paths=readonly,
+        rlimits=RLIMITS,
         resources=config.resources,
+        seccomp=seccomp,
     )

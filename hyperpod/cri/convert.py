@@ -13,7 +13,14 @@ from hyperpod.errors import InvalidArgument
 from hyperpod.model.container import Capabilities, ContainerConfig, ContainerMetadata
 from hyperpod.model.images import RegistryAuth
 from hyperpod.model.sandbox import DnsConfig, PortMapping, SandboxConfig, SandboxMetadata
-from hyperpod.model.security import LinuxResources, NamespaceMode, NamespaceOptions, SeccompKind
+from hyperpod.model.security import (
+    Device,
+    LinuxResources,
+    NamespaceMode,
+    NamespaceOptions,
+    SeccompKind,
+    SeccompProfile,
+)
 from hyperpod.spec import limits
 from hyperpod.spec.cgroup import parent_folder
 
@@ -141,8 +148,42 @@ def _namespaces(value: cri.NamespaceOption | None) -> NamespaceOptions:
     )
 
 
-def _seccomp(value: cri.SecurityProfile | None) -> SeccompKind:
-    return SeccompKind.UNSET if value is None else SeccompKind(value.profile_type.name)
+_OLD_PROFILES = {
+    "": SeccompKind.UNSET,
+    "runtime/default": SeccompKind.RUNTIME_DEFAULT,
+    "docker/default": SeccompKind.RUNTIME_DEFAULT,
+    "unconfined": SeccompKind.UNCONFINED,
+}
+
+
+def _seccomp(where: str, value: cri.SecurityProfile | None, old: str) -> SeccompProfile:
+    """`old`: the deprecated seccomp_profile_path, which counts when `value` is absent."""
+    if value is None:
+        if old in _OLD_PROFILES:
+            return SeccompProfile(kind=_OLD_PROFILES[old])
+        if not old.startswith("localhost/"):
+            raise InvalidArgument(f"{where}.seccomp_profile_path {old[:100]!r} is no profile")
+        kind, path, field = SeccompKind.LOCALHOST, old.removeprefix("localhost/"), "seccomp_profile_path"
+    else:
+        kind, path, field = SeccompKind(value.profile_type.name), value.localhost_ref, "seccomp.localhost_ref"
+    if kind is not SeccompKind.LOCALHOST:
+        return SeccompProfile(kind=kind)
+    if not path.startswith("/"):
+        raise InvalidArgument(f"{where}.{field}: {path[:100]!r} is not an absolute path of this host")
+    return SeccompProfile(kind=kind, path=_text(f"{where}.{field}", path, MAX_PATH))
+
+
+def _devices(values: Sequence[cri.Device]) -> tuple[Device, ...]:
+    found = []
+    for index, value in enumerate(values):
+        where = f"config.devices[{index}]"
+        _text(f"{where}.host_path", value.host_path, MAX_PATH, required=True)
+        permissions = value.permissions or "rwm"
+        if not set(permissions) <= set("rwm"):
+            raise InvalidArgument(f"{where}.permissions {permissions[:20]!r}: r, w and m are possible")
+        inside = _absolute(f"{where}.container_path", value.container_path) or value.host_path
+        found.append(Device(host_path=value.host_path, container_path=inside, permissions=permissions))
+    return tuple(found)
 
 
 def sandbox_config(config: cri.PodSandboxConfig | None) -> SandboxConfig:
@@ -190,7 +231,7 @@ def sandbox_config(config: cri.PodSandboxConfig | None) -> SandboxConfig:
         run_as_group=_id(f"{context}.run_as_group", security.run_as_group),
         readonly_rootfs=security.readonly_rootfs,
         supplemental_groups=_ids(f"{context}.supplemental_groups", security.supplemental_groups),
-        seccomp=_seccomp(security.seccomp),
+        privileged=security.privileged,
         sysctls=_map("config.linux.sysctls", linux.sysctls),
         resources=resources("config.linux.resources", linux.resources),
         overhead=resources("config.linux.overhead", linux.overhead),
@@ -237,6 +278,9 @@ def container_config(config: cri.ContainerConfig | None) -> ContainerConfig:
         stdin_once=config.stdin_once,
         tty=config.tty,
         resources=resources("config.linux.resources", linux.resources),
+        devices=_devices(config.devices),
+        has_security_context=linux.security_context is not None,
+        privileged=security.privileged,
         capabilities=Capabilities(
             add=_texts(f"{context}.capabilities.add_capabilities", capabilities.add_capabilities),
             drop=_texts(f"{context}.capabilities.drop_capabilities", capabilities.drop_capabilities),
@@ -250,10 +294,11 @@ def container_config(config: cri.ContainerConfig | None) -> ContainerConfig:
         run_as_username=_text(f"{context}.run_as_username", security.run_as_username),
         readonly_rootfs=security.readonly_rootfs,
         supplemental_groups=_ids(f"{context}.supplemental_groups", security.supplemental_groups),
+        strict_groups=security.supplemental_groups_policy == cri.SupplementalGroupsPolicy.Strict,
         no_new_privs=security.no_new_privs,
         masked_paths=_texts(f"{context}.masked_paths", security.masked_paths, MAX_PATH),
         readonly_paths=_texts(f"{context}.readonly_paths", security.readonly_paths, MAX_PATH),
-        seccomp=_seccomp(security.seccomp),
+        seccomp=_seccomp(context, security.seccomp, security.seccomp_profile_path),
         stop_signal=stop_signal(config.stop_signal),
     )
 

@@ -56,6 +56,11 @@ _NO_HOST = "it needs a host pod: a pod in a VM has namespaces of its own; give i
 _WINDOWS = "this is a Linux runtime"
 _PROFILES = (cri.SecurityProfileProfileType.RuntimeDefault, cri.SecurityProfileProfileType.Unconfined)
 _OLD_PROFILES = ("", "runtime/default", "docker/default", "unconfined")
+_NO_APPARMOR = "the guest has no AppArmor"
+_DEVICES = tuple(
+    f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty", "fuse", "net/tun", "kvm")
+)
+"""Those that are the same thing in every kernel; any other path names something else in the guest."""
 
 
 def _under(prefix: str, table: Table) -> Table:
@@ -68,18 +73,26 @@ def _honoured(*paths: str) -> Table:
 
 _NAMESPACES: Table = {
     "network": Only((_POD,), _NO_HOST, never=None),
-    "pid": Only((_POD, _CONTAINER), f"TARGET is not built yet; NODE: {_NO_HOST}", never=(_NODE,)),
     "ipc": Only((_POD, _CONTAINER), _NO_HOST, never=None),
-    "target_id": Refused("pid=TARGET is not built yet"),
     # The kubelet sends NODE for every pod that does not ask for a user namespace.
     "userns_options.mode": Only((_NODE,), "user namespaces are not built yet"),
     "userns_options.uids": Refused("user namespaces are not built yet"),
     "userns_options.gids": Refused("user namespaces are not built yet"),
 }
 _SELINUX: Table = dict.fromkeys(("user", "role", "type", "level"), Refused("the guest has no SELinux"))
-_PROFILE: Table = {
-    "profile_type": Only(_PROFILES, "Localhost profiles are not built yet"),
-    "localhost_ref": Refused("Localhost profiles are not built yet"),
+_POD_NAMESPACES: Table = {
+    **_NAMESPACES,
+    "pid": Only((_POD, _CONTAINER), f"TARGET is a container's; NODE: {_NO_HOST}", never=None),
+    "target_id": Harmless("counts with TARGET only"),
+}
+_CONTAINER_NAMESPACES: Table = {
+    **_NAMESPACES,
+    "pid": Only((_POD, _CONTAINER, cri.NamespaceMode.TARGET), _NO_HOST, never=None),
+    "target_id": HONOURED,
+}
+_APPARMOR: Table = {
+    "profile_type": Only(_PROFILES, _NO_APPARMOR),
+    "localhost_ref": Refused(_NO_APPARMOR),
 }
 _RESOURCES: Table = {
     **_honoured("cpu_period", "cpu_quota", "cpu_shares", "memory_limit_in_bytes", "oom_score_adj"),
@@ -117,17 +130,17 @@ RUN_POD_SANDBOX: Table = {
     "config.linux.sysctls": Refused("sysctls are not built yet"),
     **_under("config.linux.overhead", _POD_RESOURCES),
     **_under("config.linux.resources", _POD_RESOURCES),
-    **_under("config.linux.security_context.namespace_options", _NAMESPACES),
+    **_under("config.linux.security_context.namespace_options", _POD_NAMESPACES),
     **_under("config.linux.security_context.selinux_options", _SELINUX),
     "config.linux.security_context.run_as_user": Harmless(_NO_PAUSE),
     "config.linux.security_context.run_as_group": Harmless(_NO_PAUSE),
     "config.linux.security_context.readonly_rootfs": Harmless(_NO_PAUSE),
     "config.linux.security_context.supplemental_groups": Harmless(_NO_PAUSE),
     "config.linux.security_context.supplemental_groups_policy": Harmless(_NO_PAUSE),
-    "config.linux.security_context.privileged": Refused("privileged pods are not built yet"),
-    **_under("config.linux.security_context.seccomp", _PROFILE),
-    **_under("config.linux.security_context.apparmor", _PROFILE),
-    "config.linux.security_context.seccomp_profile_path": Only(_OLD_PROFILES),
+    "config.linux.security_context.privileged": HONOURED,
+    "config.linux.security_context.seccomp": Harmless(_NO_PAUSE),
+    **_under("config.linux.security_context.apparmor", _APPARMOR),
+    "config.linux.security_context.seccomp_profile_path": Harmless(_NO_PAUSE),
 }
 
 CREATE_CONTAINER: Table = {
@@ -138,31 +151,33 @@ CREATE_CONTAINER: Table = {
     **_honoured("config.stdin", "config.stdin_once", "config.tty", "config.stop_signal"),
     **_under("config.image", _IMAGE),
     "config.mounts": Refused("mounts are not built yet"),
-    "config.devices": Refused("devices are not built yet"),
+    "config.devices[].host_path": Only(
+        ("", *_DEVICES),
+        f"a host's device cannot enter a VM; of a guest's own there are {', '.join(_DEVICES)}",
+    ),
+    **_honoured("config.devices[].container_path", "config.devices[].permissions"),
     "config.CDI_devices": Refused("CDI devices are not built yet"),
     "config.windows": Refused(_WINDOWS),
     **_under("config.linux.resources", _RESOURCES),
     "config.linux.security_context.capabilities.add_capabilities": HONOURED,
     "config.linux.security_context.capabilities.drop_capabilities": HONOURED,
-    "config.linux.security_context.capabilities.add_ambient_capabilities": Refused(),
-    "config.linux.security_context.privileged": Refused("privileged containers are not built yet"),
-    **_under("config.linux.security_context.namespace_options", _NAMESPACES),
+    "config.linux.security_context.capabilities.add_ambient_capabilities": HONOURED,
+    "config.linux.security_context.privileged": HONOURED,
+    **_under("config.linux.security_context.namespace_options", _CONTAINER_NAMESPACES),
     **_under("config.linux.security_context.selinux_options", _SELINUX),
     "config.linux.security_context.run_as_user": HONOURED,
     "config.linux.security_context.run_as_group": HONOURED,
-    "config.linux.security_context.run_as_username": Refused("give run_as_user by number"),
+    "config.linux.security_context.run_as_username": HONOURED,
     "config.linux.security_context.readonly_rootfs": HONOURED,
     "config.linux.security_context.supplemental_groups": HONOURED,
-    "config.linux.security_context.supplemental_groups_policy": Harmless(
-        "groups of the image's /etc/group are not read: both policies give the listed ones"
-    ),
+    "config.linux.security_context.supplemental_groups_policy": HONOURED,
     "config.linux.security_context.no_new_privs": HONOURED,
     "config.linux.security_context.masked_paths": HONOURED,
     "config.linux.security_context.readonly_paths": HONOURED,
-    **_under("config.linux.security_context.seccomp", _PROFILE),
-    **_under("config.linux.security_context.apparmor", _PROFILE),
-    "config.linux.security_context.apparmor_profile": Only(_OLD_PROFILES),
-    "config.linux.security_context.seccomp_profile_path": Only(_OLD_PROFILES),
+    "config.linux.security_context.seccomp": HONOURED,
+    **_under("config.linux.security_context.apparmor", _APPARMOR),
+    "config.linux.security_context.apparmor_profile": Only(_OLD_PROFILES, _NO_APPARMOR),
+    "config.linux.security_context.seccomp_profile_path": HONOURED,
 }
 
 UPDATE_CONTAINER: Table = {

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from hyperpod.api.gen.runtime import v1 as cri
-from hyperpod.container import process, signals
+from hyperpod.container import signals
 from hyperpod.cri.convert import stop_signal
-from hyperpod.errors import HyperpodError, InvalidArgument
+from hyperpod.errors import InvalidArgument
 from hyperpod.model.base import now_ns
 from hyperpod.model.container import (
     Container,
@@ -231,13 +231,13 @@ def _resources(value: LinuxResources) -> cri.LinuxContainerResources:
     )
 
 
-def _user(record: ContainerRecord) -> cri.ContainerUser | None:
-    try:
-        uid, gid = process.user(record.config, record.image_config)
-    except HyperpodError:  # a name that only the guest could look up
+def _user(status: ContainerStatus) -> cri.ContainerUser | None:
+    if (user := status.user) is None:
         return None
-    groups = list(record.config.supplemental_groups)
-    return cri.ContainerUser(linux=cri.LinuxContainerUser(uid=uid, gid=gid, supplemental_groups=groups))
+    groups = list(user.groups)
+    return cri.ContainerUser(
+        linux=cri.LinuxContainerUser(uid=user.uid, gid=user.gid, supplemental_groups=groups)
+    )
 
 
 def _stop_signal(name: str) -> cri.Signal:
@@ -266,7 +266,7 @@ def _status(container: Container) -> cri.ContainerStatus:
         annotations=record.config.annotations,
         log_path=record.log_path,
         resources=cri.ContainerResources(linux=_resources(status.resources or record.config.resources)),
-        user=_user(record),
+        user=_user(status),
         stop_signal=_stop_signal(record.stop_signal),
     )
 
@@ -277,7 +277,8 @@ def container_status(container: Container, *, verbose: bool) -> cri.ContainerSta
     info = _json(
         sandbox_id=record.sandbox_id,
         pid=status.pid,
-        pid_namespace="the guest's",
+        pid_namespace=record.config.namespaces.pid.value,
+        privileged=record.config.privileged,
         layers=record.layers,
         image_config=record.image_config.model_dump(),
     )

@@ -52,7 +52,7 @@ class RuntimeService(cri.RuntimeServiceBase):
             runtime_handlers=[
                 cri.RuntimeHandler(name=name, features=cri.RuntimeHandlerFeatures()) for name in HANDLERS
             ],
-            features=cri.RuntimeFeatures(),
+            features=cri.RuntimeFeatures(supplemental_groups_policy=True),
         )
 
     async def _network_condition(self) -> cri.RuntimeCondition:

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from hyperpod.model.base import Record
 from hyperpod.model.images import ImageConfig
-from hyperpod.model.security import LinuxResources, NamespaceOptions, SeccompKind
+from hyperpod.model.security import Device, LinuxResources, NamespaceOptions, SeccompProfile, User
 
 
 class ContainerMetadata(Record):
@@ -42,6 +42,10 @@ class ContainerConfig(Record):
     stdin_once: bool = False
     tty: bool = False
     resources: LinuxResources = LinuxResources()
+    devices: tuple[Device, ...] = ()
+    has_security_context: bool = False
+    """Without one, the containers' defaults are the safe ones; with one, what is unset in it is off (CRI)."""
+    privileged: bool = False
     capabilities: Capabilities = Capabilities()
     namespaces: NamespaceOptions = NamespaceOptions()
     run_as_user: int | None = None
@@ -49,10 +53,11 @@ class ContainerConfig(Record):
     run_as_username: str = ""
     readonly_rootfs: bool = False
     supplemental_groups: tuple[int, ...] = ()
+    strict_groups: bool = False
     no_new_privs: bool = False
     masked_paths: tuple[str, ...] = ()
     readonly_paths: tuple[str, ...] = ()
-    seccomp: SeccompKind = SeccompKind.UNSET
+    seccomp: SeccompProfile = SeccompProfile()
     stop_signal: str = ""
     """A CRI Signal name such as SIGTERM or SIGRTMIN+3; empty: the image's, else SIGTERM."""
 
@@ -111,6 +116,8 @@ class ContainerStatus(Record):
     reason: str = ""
     message: str = ""
     pid: int = 0
+    user: User | None = None
+    """As the guest resolved it."""
     removing: bool = False
     resources: LinuxResources | None = None
     """What holds now: as asked for at creation, cut to the VM's size, and as updated since."""

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from hyperpod.model.base import Record
 from hyperpod.model.network import PodNetwork
-from hyperpod.model.security import LinuxResources, NamespaceOptions, SeccompKind
+from hyperpod.model.security import LinuxResources, NamespaceOptions
 
 
 class SandboxMetadata(Record):
@@ -57,7 +57,8 @@ class SandboxConfig(Record):
     run_as_group: int | None = None
     readonly_rootfs: bool = False
     supplemental_groups: tuple[int, ...] = ()
-    seccomp: SeccompKind = SeccompKind.UNSET
+    privileged: bool = False
+    """Whether its containers may be."""
     sysctls: dict[str, str] = {}
     resources: LinuxResources = LinuxResources()
     overhead: LinuxResources = LinuxResources()

@@ -34,6 +34,29 @@ class SeccompKind(StrEnum):
     LOCALHOST = "Localhost"
 
 
+class SeccompProfile(Record):
+    """CRI SecurityProfile for seccomp. `path`: of a Localhost profile, absolute, on the host."""
+
+    kind: SeccompKind = SeccompKind.UNSET
+    path: str = ""
+
+
+class Device(Record):
+    """CRI Device: a node of the guest that has the path `host_path` there too. `permissions`: some of "rwm"."""
+
+    host_path: str
+    container_path: str
+    permissions: str
+
+
+class User(Record):
+    """CRI LinuxContainerUser. `groups` has `gid` too."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+
 class LinuxResources(Record):
     """CRI LinuxContainerResources: CPU in microseconds, memory in bytes, 0 is unset."""
 

@@ -67,8 +67,16 @@ def _names(requested: tuple[str, ...]) -> set[str]:
     return names
 
 
-def effective(add: tuple[str, ...], drop: tuple[str, ...]) -> list[str]:
-    """The set, sorted. ALL in either list comes first, single names after it, as containerd does it."""
+def of_container(
+    add: tuple[str, ...],
+    drop: tuple[str, ...],
+    add_ambient: tuple[str, ...] = (),
+    *,
+    privileged: bool = False,
+) -> list[str]:
+    """The set, sorted. ALL in either list comes first, single names after it, as containerd does it.
+
+    What is to be ambient is in the set too. Raises InvalidArgument for an unknown name."""
     wanted = set(DEFAULT)
     add_all = any(x.upper() == "ALL" for x in add)
     drop_all = any(x.upper() == "ALL" for x in drop)
@@ -78,4 +86,9 @@ def effective(add: tuple[str, ...], drop: tuple[str, ...]) -> list[str]:
         wanted = set()
     wanted |= _names(tuple(x for x in add if x.upper() != "ALL"))
     wanted -= _names(tuple(x for x in drop if x.upper() != "ALL"))
-    return sorted(wanted)
+    return sorted(ALL if privileged else wanted | set(ambient(add_ambient)))
+
+
+def ambient(add_ambient: tuple[str, ...]) -> list[str]:
+    """Those that programs keep which do not run as root, sorted. Raises InvalidArgument."""
+    return sorted(_names(add_ambient))

@@ -17,8 +17,7 @@ from typing import Any
 from hyperpod.errors import InvalidArgument
 from hyperpod.model.security import LinuxResources
 from hyperpod.spec import limits
-from hyperpod.spec.capabilities import effective
-from hyperpod.spec.seccomp import without_host_sockets
+from hyperpod.spec.capabilities import ambient, of_container
 
 MAX_ARGS_BYTES = 1 << 20
 """Of argv and environment together; Linux itself takes at most 2 MiB with the default stack limit."""
@@ -44,6 +43,14 @@ READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysr
 NAMESPACES = ("mount", "cgroup")
 """Always the container's own."""
 
+RLIMITS: tuple[tuple[str, int, int], ...] = (
+    ("RLIMIT_NOFILE", 1024, 524288),
+    ("RLIMIT_NPROC", 2**64 - 1, 2**64 - 1),
+    ("RLIMIT_CORE", 0, 2**64 - 1),
+)
+"""Type, soft, hard. Open files and processes as under a containerd of systemd's (pids are limited by cgroup); no
+core files unless a program asks: they would land in the container's writable layer."""
+
 
 @dataclass(frozen=True)
 class ContainerSpecInput:
@@ -59,19 +66,23 @@ class ContainerSpecInput:
     own_pid: bool = True
     """A pid namespace of its own, not the pod's."""
     own_ipc: bool = True
+    """With a /dev/shm of its own; else both are the pod's."""
+    privileged: bool = False
+    """All capabilities; /sys and cgroups writable, nothing masked. Devices are the agent's to fill in."""
     tty: bool = False
     readonly_rootfs: bool = False
     add_capabilities: tuple[str, ...] = ()
     drop_capabilities: tuple[str, ...] = ()
+    ambient_capabilities: tuple[str, ...] = ()
     no_new_privileges: bool = False
-    masked_paths: tuple[str, ...] = ()
-    """Empty: the defaults."""
-    readonly_paths: tuple[str, ...] = ()
-    """Empty: the defaults."""
+    masked_paths: tuple[str, ...] = MASKED_PATHS
+    readonly_paths: tuple[str, ...] = READONLY_PATHS
+    rlimits: tuple[tuple[str, int, int], ...] = ()
+    """Type, soft, hard; what is not named is inherited from the agent."""
     resources: LinuxResources = field(default_factory=LinuxResources)
     annotations: tuple[tuple[str, str], ...] = ()
     seccomp: dict[str, Any] | None = None
-    """An OCI seccomp object to narrow further; None: only what no container gets is denied."""
+    """An OCI seccomp object; None: no filter."""
 
 
 def build_spec(spec: ContainerSpecInput) -> bytes:
@@ -80,16 +91,17 @@ def build_spec(spec: ContainerSpecInput) -> bytes:
         "ociVersion": "1.0.2",
         "process": _process(spec),
         "root": {"path": "", "readonly": spec.readonly_rootfs},
-        "mounts": _mounts(),
+        "mounts": _mounts(spec),
         "linux": {
             "cgroupsPath": "",
             "namespaces": [{"type": name} for name in _namespaces(spec)],
-            "maskedPaths": list(spec.masked_paths or MASKED_PATHS),
-            "readonlyPaths": list(spec.readonly_paths or READONLY_PATHS),
+            "maskedPaths": [] if spec.privileged else list(spec.masked_paths),
+            "readonlyPaths": [] if spec.privileged else list(spec.readonly_paths),
             "resources": _resources(spec.resources),
-            "seccomp": without_host_sockets(spec.seccomp),
         },
     }
+    if spec.seccomp is not None:
+        document["linux"]["seccomp"] = spec.seccomp
     if spec.annotations:
         document["annotations"] = dict(spec.annotations)
     return _encode(document)
@@ -113,7 +125,9 @@ def _process(spec: ContainerSpecInput) -> dict[str, Any]:
     env = [_variable(item) for item in spec.env]
     if (size := sum(len(arg.encode()) for arg in spec.args) + sum(map(len, spec.env))) > MAX_ARGS_BYTES:
         raise InvalidArgument(f"arguments and environment are {size} bytes, over {MAX_ARGS_BYTES}")
-    caps = effective(spec.add_capabilities, spec.drop_capabilities)
+    caps = of_container(
+        spec.add_capabilities, spec.drop_capabilities, spec.ambient_capabilities, privileged=spec.privileged
+    )
     process: dict[str, Any] = {
         "terminal": spec.tty,
         "user": {"uid": spec.uid, "gid": spec.gid, "additionalGids": list(spec.additional_gids)},
@@ -123,6 +137,10 @@ def _process(spec: ContainerSpecInput) -> dict[str, Any]:
         "capabilities": {"bounding": caps, "effective": caps, "permitted": caps},
         "noNewPrivileges": spec.no_new_privileges,
     }
+    if kept := ambient(spec.ambient_capabilities):
+        process["capabilities"] |= {"inheritable": kept, "ambient": kept}
+    if spec.rlimits:
+        process["rlimits"] = [{"type": kind, "soft": soft, "hard": hard} for kind, soft, hard in spec.rlimits]
     if spec.resources.oom_score_adj:
         process["oomScoreAdj"] = spec.resources.oom_score_adj
     return process
@@ -164,9 +182,10 @@ def _mount(destination: str, kind: str, source: str, *options: str) -> dict[str,
     return {"destination": destination, "type": kind, "source": source, "options": list(options)}
 
 
-def _mounts() -> list[dict[str, Any]]:
-    """The API file systems, as every CRI runtime gives them."""
+def _mounts(spec: ContainerSpecInput) -> list[dict[str, Any]]:
+    """The API file systems, as every CRI runtime gives them. A pod's /dev/shm is the guest's."""
     safe = ("nosuid", "noexec", "nodev")
+    writable = "rw" if spec.privileged else "ro"
     return [
         _mount("/proc", "proc", "proc", *safe),
         _mount("/dev", "tmpfs", "tmpfs", "nosuid", "strictatime", "mode=755", "size=65536k"),
@@ -182,9 +201,11 @@ def _mounts() -> list[dict[str, Any]]:
             "gid=5",
         ),
         _mount("/dev/mqueue", "mqueue", "mqueue", *safe),
-        _mount("/dev/shm", "tmpfs", "shm", *safe, "mode=1777", "size=65536k"),
-        _mount("/sys", "sysfs", "sysfs", *safe, "ro"),
-        _mount("/sys/fs/cgroup", "cgroup", "cgroup", *safe, "relatime", "ro"),
+        _mount("/dev/shm", "tmpfs", "shm", *safe, "mode=1777", "size=65536k")
+        if spec.own_ipc
+        else _mount("/dev/shm", "bind", "/dev/shm", "rbind", "rprivate", *safe),
+        _mount("/sys", "sysfs", "sysfs", *safe, writable),
+        _mount("/sys/fs/cgroup", "cgroup", "cgroup", *safe, "relatime", writable),
     ]
 
 

@@ -1,47 +1,105 @@
-"""Seccomp: what no container may do, whatever its profile says."""
+"""Seccomp: what no container with a filter may do, whatever its profile says.
+
+The families are told by the low 32 bits of socket()'s first argument, as the kernel does: a comparison of all 64
+lets 2**32 + 40 pass, which the kernel then takes as 40.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 AF_ALG, AF_VSOCK = 38, 40
-DENIED_FAMILIES = (AF_ALG, AF_VSOCK)
+DENIED_FAMILIES = frozenset({AF_ALG, AF_VSOCK})
 """AF_VSOCK is how the host talks to the agent; AF_ALG is a wide door into the kernel's crypto code."""
 
 EAFNOSUPPORT = 97
+ALLOW_ALL: dict[str, Any] = {"defaultAction": "SCMP_ACT_ALLOW"}
+
+_FAMILIES = 64
+"""Linux 6.12 knows 46. Those above are not allowed one by one: there are none."""
+
+_INT = 0xFFFFFFFF
+_PERMITTING = ("SCMP_ACT_ALLOW", "SCMP_ACT_LOG")
 
 
-def without_host_sockets(profile: dict[str, Any] | None) -> dict[str, Any]:
-    """`profile` (an OCI seccomp object; None allows all) with socket() of the denied families refused.
+def without_host_sockets(profile: dict[str, Any]) -> dict[str, Any]:
+    """`profile` (an OCI seccomp object) with socket() of the denied families refused.
 
-    Other syscall ABIs of the machine are not listed as architectures, and libseccomp kills what uses an
-    unlisted one: socketcall(2) of 32-bit x86 could not be filtered by family.
+    socketcall(2), which some other syscall ABIs have, cannot be filtered by family: it is never allowed.
     """
-    result: dict[str, Any] = copy.deepcopy(profile) if profile else {"defaultAction": "SCMP_ACT_ALLOW"}
-    allow_socket: list[dict[str, Any]] = []
+    result: dict[str, Any] = copy.deepcopy(profile)
+    default = result["defaultAction"]
+    rules: list[dict[str, Any]] = []
+    permitted = default in _PERMITTING
     for rule in result.get("syscalls", []):
-        if "socket" in rule.get("names", []) and rule.get("action") == "SCMP_ACT_ALLOW":
-            rule["names"] = [name for name in rule["names"] if name not in ("socket", "socketcall")]
-            allow_socket.append(rule)
-    rules = [rule for rule in result.get("syscalls", []) if rule.get("names")]
-    if result["defaultAction"] == "SCMP_ACT_ALLOW":
-        rules += [_socket_rule("SCMP_ACT_ERRNO", family, "SCMP_CMP_EQ") for family in DENIED_FAMILIES]
-    elif allow_socket:
-        # An allow list: socket() is allowed below, between and above the denied families.
-        rules.append(_socket_rule("SCMP_ACT_ALLOW", AF_ALG, "SCMP_CMP_LT"))
-        rules.append(_socket_rule("SCMP_ACT_ALLOW", AF_ALG + 1, "SCMP_CMP_EQ"))
-        rules.append(_socket_rule("SCMP_ACT_ALLOW", AF_VSOCK, "SCMP_CMP_GT"))
+        if rule["action"] not in _PERMITTING or not {"socket", "socketcall"} & set(rule["names"]):
+            rules.append(rule)
+            continue
+        if others := [name for name in rule["names"] if name not in ("socket", "socketcall")]:
+            rules.append({**rule, "names": others})
+        if "socket" in rule["names"] and rule["action"] != default:
+            rules += _narrowed(rule)
+            permitted = True
+    if permitted:
+        refusal = {"action": "SCMP_ACT_ERRNO", "errnoRet": EAFNOSUPPORT}
+        rules += [
+            {"names": ["socket"], **refusal, "args": [_masked(_INT, family)]}
+            for family in sorted(DENIED_FAMILIES)
+        ]
+        if default in _PERMITTING:
+            rules.append({"names": ["socketcall"], **refusal})
     result["syscalls"] = rules
     return result
 
 
-def _socket_rule(action: str, family: int, operator: str) -> dict[str, Any]:
-    rule: dict[str, Any] = {
-        "names": ["socket"],
-        "action": action,
-        "args": [{"index": 0, "value": family, "op": operator}],
+def _narrowed(rule: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A rule that permits socket(), as rules that do so for the families that are not denied.
+
+    libseccomp takes one condition for each argument, so what the rule says of the family is part of the set.
+    """
+    args = rule.get("args") or []
+    if len({arg["index"] for arg in args}) < len(args):
+        # Two conditions on one argument are two rules to OCI runtimes, of which either permits.
+        for arg in args:
+            yield from _narrowed({**rule, "args": [arg]})
+        return
+    of_family = [arg for arg in args if arg["index"] == 0]
+    rest = [arg for arg in args if arg["index"] != 0]
+    families = {
+        family
+        for family in range(_FAMILIES)
+        if family not in DENIED_FAMILIES and all(_holds(arg, family) for arg in of_family)
     }
-    if action == "SCMP_ACT_ERRNO":
-        rule["errnoRet"] = EAFNOSUPPORT
-    return rule
+    for mask, value in _blocks(families, 0, _FAMILIES):
+        yield {**rule, "names": ["socket"], "args": [_masked(mask, value), *rest]}
+
+
+def _holds(arg: dict[str, Any], value: int) -> bool:
+    limit: int = arg["value"]
+    results: dict[str, bool] = {
+        "SCMP_CMP_NE": value != limit,
+        "SCMP_CMP_LT": value < limit,
+        "SCMP_CMP_LE": value <= limit,
+        "SCMP_CMP_EQ": value == limit,
+        "SCMP_CMP_GE": value >= limit,
+        "SCMP_CMP_GT": value > limit,
+        "SCMP_CMP_MASKED_EQ": value & limit == arg.get("valueTwo", 0),
+    }
+    return results[arg["op"]]
+
+
+def _blocks(wanted: set[int], low: int, size: int) -> Iterator[tuple[int, int]]:
+    """`wanted` below low + size as the fewest aligned blocks of a power of two: mask and value of each."""
+    count = sum(low <= item < low + size for item in wanted)
+    if count == size:
+        yield _INT & ~(size - 1), low
+    elif count:
+        yield from _blocks(wanted, low, size // 2)
+        yield from _blocks(wanted, low + size // 2, size // 2)
+
+
+def _masked(mask: int, value: int) -> dict[str, Any]:
+    """socket()'s family under a mask is `value`."""
+    return {"index": 0, "value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}

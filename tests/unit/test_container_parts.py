@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from hyperpod.container import process, signals
 from hyperpod.container.logfile import log_path, open_log
-from hyperpod.errors import HyperpodError, InvalidArgument, Unsupported
-from hyperpod.model.container import ContainerConfig, ContainerMetadata
+from hyperpod.errors import HyperpodError, InvalidArgument
+from hyperpod.model.container import ContainerConfig, ContainerMetadata, ContainerRecord
 from hyperpod.model.images import ImageConfig
+from hyperpod.model.security import NamespaceMode, NamespaceOptions
 
 
 def config(**changes: object) -> ContainerConfig:
@@ -73,16 +75,42 @@ def test_environment() -> None:
 
 
 def test_users() -> None:
-    assert process.user(config(), ImageConfig()) == (0, 0)
-    assert process.user(config(), ImageConfig(user="7:8")) == (7, 8)
-    assert process.user(config(run_as_user=0), ImageConfig(user="7:8")) == (0, 0)
-    assert process.user(config(run_as_user=5, run_as_group=6), ImageConfig(user="7")) == (5, 6)
-    with pytest.raises(Unsupported, match="nginx"):
-        process.user(config(), ImageConfig(user="nginx"))
+    assert process.user(config(), ImageConfig()) == ""
+    assert process.user(config(), ImageConfig(user="nginx:www")) == "nginx:www"
+    assert process.user(config(run_as_user=0), ImageConfig(user="7:8")) == "0"
+    assert process.user(config(run_as_user=5, run_as_group=6), ImageConfig(user="7")) == "5:6"
+    assert process.user(config(run_as_user=5, run_as_username="bob"), ImageConfig()) == "bob"
+    assert process.user(config(run_as_username="bob", run_as_group=0), ImageConfig()) == "bob:0"
     with pytest.raises(InvalidArgument, match="without run_as_user"):
-        process.user(config(run_as_group=6), ImageConfig())
-    with pytest.raises(InvalidArgument, match="out of range"):
-        process.user(config(run_as_user=-1), ImageConfig())
+        process.user(config(run_as_group=6), ImageConfig(user="7"))
+
+
+def record(**changes: Any) -> ContainerRecord:
+    return ContainerRecord(
+        id="c" * 64, sandbox_id="s" * 64, config=config(command=("x",), **changes), image_id="i", image_ref="i",
+        created_at=1, log_path="", layers=(), stop_signal="SIGTERM", image_config=ImageConfig(),
+    )  # fmt: skip
+
+
+def test_a_request_without_a_security_context_gets_the_safe_defaults() -> None:
+    safe = process.spec_input(record())
+    assert "/proc/kcore" in safe.masked_paths
+    assert "/proc/sys" in safe.readonly_paths
+    given = process.spec_input(record(has_security_context=True, masked_paths=("/bin/ls",)))
+    assert (given.masked_paths, given.readonly_paths) == (("/bin/ls",), ())
+
+
+def test_pid_namespaces() -> None:
+    made = {
+        mode: process.spec_input(record(namespaces=NamespaceOptions(pid=mode, target_id="t"))).own_pid
+        for mode in (NamespaceMode.POD, NamespaceMode.CONTAINER, NamespaceMode.TARGET)
+    }
+    assert list(made.values()) == [False, True, False]
+    target = NamespaceOptions(pid=NamespaceMode.TARGET, target_id="t")
+    assert process.security(config(namespaces=target), ImageConfig()).pid_target == "t"
+    # The kubelet leaves it out, but a client may leave it in.
+    other = NamespaceOptions(pid=NamespaceMode.POD, target_id="t")
+    assert process.security(config(namespaces=other), ImageConfig()).pid_target == ""
 
 
 def test_log_paths() -> None:

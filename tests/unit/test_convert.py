@@ -18,9 +18,10 @@ from hyperpod.cri.image_service import ImageService
 from hyperpod.cri.refusal import refuse
 from hyperpod.cri.runtime_service import RuntimeService
 from hyperpod.errors import HyperpodError, InvalidArgument, Unsupported
-from hyperpod.model.container import Container, ContainerRecord, ContainerStatus
+from hyperpod.model.container import Container, ContainerConfig, ContainerRecord, ContainerStatus
 from hyperpod.model.images import Image, ImageConfig
 from hyperpod.model.sandbox import Artifact, Sandbox, SandboxPhase, SandboxRecord, SandboxStatus, VmSize
+from hyperpod.model.security import Device, SeccompKind, SeccompProfile, User
 from hyperpod.rpc import strict
 
 M = TypeVar("M", bound=Message)
@@ -147,6 +148,7 @@ def test_the_container_status() -> None:
     one = container(
         container_config(linux=cri.LinuxContainerConfig(resources=resources)),
         started_at=6,
+        user=User(uid=7, gid=8, groups=(8, 9)),
         finished_at=7,
         exit_code=3,
         reason="Error",
@@ -164,6 +166,7 @@ def test_the_container_status() -> None:
     assert status.resources is not None and status.resources.linux == resources
     assert status.user is not None and status.user.linux is not None
     assert (status.user.linux.uid, status.user.linux.gid) == (7, 8)
+    assert status.user.linux.supplemental_groups == [8, 9]
     assert status.stop_signal == cri.Signal.SIGRTMINPLUS3
     assert json.loads(reply.info["container"])["sandbox_id"] == "f" * 64
 
@@ -253,6 +256,64 @@ def _secured(**context: object) -> cri.ContainerConfig:
 def test_bad_containers_are_refused_by_name(config: cri.ContainerConfig | None, field: str) -> None:
     with pytest.raises(InvalidArgument, match=field):
         convert.container_config(config)
+
+
+def secured(**context: object) -> ContainerConfig:
+    security = cri.LinuxContainerSecurityContext(**context)  # type: ignore[arg-type]
+    raw = bytes(container_config(linux=cri.LinuxContainerConfig(security_context=security)))
+    return convert.container_config(cri.ContainerConfig.parse(raw))
+
+
+def test_seccomp_profiles() -> None:
+    kinds = cri.SecurityProfileProfileType
+    path = "/var/lib/kubelet/seccomp/x.json"
+    assert secured().seccomp == SeccompProfile()
+    assert secured(seccomp=cri.SecurityProfile()).seccomp.kind is SeccompKind.RUNTIME_DEFAULT
+    local = SeccompProfile(kind=SeccompKind.LOCALHOST, path=path)
+    assert (
+        secured(seccomp=cri.SecurityProfile(profile_type=kinds.Localhost, localhost_ref=path)).seccomp
+        == local
+    )
+    for old, want in (
+        ("runtime/default", SeccompProfile(kind=SeccompKind.RUNTIME_DEFAULT)),
+        ("docker/default", SeccompProfile(kind=SeccompKind.RUNTIME_DEFAULT)),
+        ("unconfined", SeccompProfile(kind=SeccompKind.UNCONFINED)),
+        (f"localhost/{path}", local),
+    ):
+        assert secured(seccomp_profile_path=old).seccomp == want
+    newer = cri.SecurityProfile(profile_type=kinds.Unconfined)
+    assert (
+        secured(seccomp=newer, seccomp_profile_path="runtime/default").seccomp.kind is SeccompKind.UNCONFINED
+    )
+    for bad in ("", "x.json"):
+        with pytest.raises(InvalidArgument, match="seccomp.localhost_ref: .* is not an absolute path"):
+            secured(seccomp=cri.SecurityProfile(profile_type=kinds.Localhost, localhost_ref=bad))
+    with pytest.raises(InvalidArgument, match="seccomp_profile_path 'what' is no profile"):
+        secured(seccomp_profile_path="what")
+
+
+def test_a_security_context_that_is_there_is_told_from_none() -> None:
+    assert secured().has_security_context
+    assert not convert.container_config(container_config()).has_security_context
+    strict = secured(supplemental_groups_policy=cri.SupplementalGroupsPolicy.Strict)
+    assert (strict.strict_groups, secured().strict_groups) == (True, False)
+
+
+def test_devices() -> None:
+    def devices(**values: str) -> tuple[Device, ...]:
+        return convert.container_config(container_config(devices=[cri.Device(**values)])).devices
+
+    full = Device(host_path="/dev/fuse", container_path="/dev/f", permissions="rw")
+    assert devices(host_path="/dev/fuse", container_path="/dev/f", permissions="rw") == (full,)
+    (short,) = devices(host_path="/dev/fuse")
+    assert (short.container_path, short.permissions) == ("/dev/fuse", "rwm")
+    for values, text in (
+        ({"container_path": "/dev/x"}, r"devices\[0\].host_path is missing"),
+        ({"host_path": "/dev/fuse", "permissions": "rx"}, "permissions 'rx'"),
+        ({"host_path": "/dev/fuse", "container_path": "fuse"}, "container_path 'fuse' is not absolute"),
+    ):
+        with pytest.raises(InvalidArgument, match=text):
+            devices(**values)
 
 
 def test_environment_values_are_bytes() -> None:

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from hyperpod.errors import InvalidArgument
 from hyperpod.model.security import LinuxResources
-from hyperpod.spec.capabilities import ALL, DEFAULT, effective
-from hyperpod.spec.oci import MASKED_PATHS, ContainerSpecInput, build_process, build_spec
-from hyperpod.spec.seccomp import without_host_sockets
+from hyperpod.spec.capabilities import ALL, DEFAULT, ambient, of_container
+from hyperpod.spec.oci import MASKED_PATHS, RLIMITS, ContainerSpecInput, build_process, build_spec
 
 
 def built(**changes: Any) -> dict[str, Any]:
@@ -29,6 +28,8 @@ def test_defaults() -> None:
     assert "inheritable" not in spec["process"]["capabilities"]
     assert spec["linux"]["resources"] == {"devices": [{"allow": False, "access": "rwm"}]}
     assert spec["linux"]["maskedPaths"] == list(MASKED_PATHS)
+    assert "seccomp" not in spec["linux"]
+    assert "rlimits" not in spec["process"]
     options = {m["destination"]: m["options"] for m in spec["mounts"]}
     assert "ro" in options["/sys"]
     assert "ro" in options["/sys/fs/cgroup"]
@@ -93,61 +94,56 @@ def test_arguments_survive(args: list[str]) -> None:
 
 
 def test_capabilities() -> None:
-    assert effective((), ()) == sorted(DEFAULT)
-    assert effective(("ALL",), ()) == sorted(ALL)
-    assert effective((), ("all",)) == []
-    assert effective(("net_admin",), ("ALL",)) == ["CAP_NET_ADMIN"]
-    assert effective(("ALL",), ("CAP_SYS_ADMIN",)) == sorted(set(ALL) - {"CAP_SYS_ADMIN"})
-    assert effective((), ("chown",)) == sorted(set(DEFAULT) - {"CAP_CHOWN"})
+    assert of_container((), ()) == sorted(DEFAULT)
+    assert of_container(("ALL",), ()) == sorted(ALL)
+    assert of_container((), ("all",)) == []
+    assert of_container(("net_admin",), ("ALL",)) == ["CAP_NET_ADMIN"]
+    assert of_container(("ALL",), ("CAP_SYS_ADMIN",)) == sorted(set(ALL) - {"CAP_SYS_ADMIN"})
+    assert of_container((), ("chown",)) == sorted(set(DEFAULT) - {"CAP_CHOWN"})
+    assert of_container((), ("ALL",), ("net_raw", "CAP_KILL")) == ["CAP_KILL", "CAP_NET_RAW"]
+    assert ambient(("net_raw", "CAP_KILL")) == ["CAP_KILL", "CAP_NET_RAW"]
+    assert of_container((), ("ALL",), privileged=True) == sorted(ALL)
 
 
-def verdict(profile: dict[str, Any], family: int) -> str:
-    """What a filter does with socket(family, ...)."""
-    compare = {
-        "SCMP_CMP_EQ": int.__eq__,
-        "SCMP_CMP_LT": int.__lt__,
-        "SCMP_CMP_GT": int.__gt__,
-        "SCMP_CMP_NE": int.__ne__,
-    }
-    for rule in profile["syscalls"]:
-        if "socket" in rule["names"]:
-            args = rule.get("args", [])
-            if all(compare[a["op"]](family, a["value"]) for a in args):
-                return str(rule["action"])
-    return str(profile["defaultAction"])
-
-
-@pytest.mark.parametrize(
-    "profile",
-    [
-        None,
-        {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": []},
-        {
-            "defaultAction": "SCMP_ACT_ERRNO",
-            "syscalls": [{"names": ["read", "socket"], "action": "SCMP_ACT_ALLOW"}],
-        },
-        {
-            "defaultAction": "SCMP_ACT_ERRNO",
-            "syscalls": [
-                {
-                    "names": ["socket"],
-                    "action": "SCMP_ACT_ALLOW",
-                    "args": [{"index": 0, "value": 40, "op": "SCMP_CMP_NE"}],
-                },
-            ],
-        },
-    ],
+@given(
+    add=st.lists(st.sampled_from([*ALL, "ALL"])),
+    drop=st.lists(st.sampled_from([*ALL, "ALL"])),
+    strip=st.booleans(),
 )
-def test_vsock_and_alg_are_denied_whatever_the_profile(profile: dict[str, Any] | None) -> None:
-    filtered = without_host_sockets(profile)
-    for family in range(60):
-        expected = "SCMP_ACT_ERRNO" if family in (38, 40) else "SCMP_ACT_ALLOW"
-        assert verdict(filtered, family) == expected, family
+def test_a_name_that_is_dropped_is_never_there(add: list[str], drop: list[str], strip: bool) -> None:
+    given_names = [name.removeprefix("CAP_").lower() if strip else name for name in add]
+    got = set(of_container(tuple(given_names), tuple(drop)))
+    assert not got & set(drop)
+    singles = set(add) - {"ALL"}
+    start = set(ALL) if "ALL" in add else set(DEFAULT)
+    assert got == (set() if "ALL" in drop else start) - set(drop) | singles - set(drop)
 
 
-def test_a_profile_that_denies_sockets_stays_that_way() -> None:
-    filtered = without_host_sockets(
-        {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}]}
-    )
-    assert verdict(filtered, 2) == "SCMP_ACT_ERRNO"
-    assert filtered["syscalls"][0]["names"] == ["read"]
+def test_ambient_capabilities_are_inheritable_too() -> None:
+    sets = built(ambient_capabilities=("NET_RAW",), drop_capabilities=("ALL",))["process"]["capabilities"]
+    assert all(sets[name] == ["CAP_NET_RAW"] for name in ("bounding", "effective", "permitted"))
+    assert sets["ambient"] == sets["inheritable"] == ["CAP_NET_RAW"]
+
+
+def test_privileged() -> None:
+    spec = built(privileged=True, masked_paths=("/x",), readonly_paths=("/y",), drop_capabilities=("ALL",))
+    assert spec["process"]["capabilities"]["bounding"] == sorted(ALL)
+    assert (spec["linux"]["maskedPaths"], spec["linux"]["readonlyPaths"]) == ([], [])
+    options = {m["destination"]: m["options"] for m in spec["mounts"]}
+    assert "rw" in options["/sys"]
+    assert "rw" in options["/sys/fs/cgroup"]
+    assert "ro" not in options["/sys"] + options["/sys/fs/cgroup"]
+
+
+def test_what_a_pod_shares() -> None:
+    spec = built(own_pid=False, own_ipc=False)
+    assert [n["type"] for n in spec["linux"]["namespaces"]] == ["mount", "cgroup"]
+    (shm,) = [m for m in spec["mounts"] if m["destination"] == "/dev/shm"]
+    assert (shm["type"], shm["source"]) == ("bind", "/dev/shm")
+    assert {"nosuid", "noexec", "nodev"} <= set(shm["options"])
+
+
+def test_limits() -> None:
+    limits = {item["type"]: item for item in built(rlimits=RLIMITS)["process"]["rlimits"]}
+    assert limits["RLIMIT_NOFILE"] == {"type": "RLIMIT_NOFILE", "soft": 1024, "hard": 524288}
+    assert limits["RLIMIT_CORE"]["soft"] == 0

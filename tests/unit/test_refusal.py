@@ -128,10 +128,29 @@ def test_what_is_listed_is_named() -> None:
         refusal.refuse(cri.CreateContainerRequest(config=config))
 
 
-def test_another_container_s_processes_are_not_built() -> None:
-    options = cri.NamespaceOption(pid=cri.NamespaceMode.TARGET)
-    with pytest.raises(Unsupported, match="namespace_options.pid is TARGET"):
-        refusal.refuse(_container(namespace_options=options))
+def test_another_container_s_processes_are_a_container_s_business() -> None:
+    options = cri.NamespaceOption(pid=cri.NamespaceMode.TARGET, target_id="c")
+    refusal.refuse(_container(namespace_options=options))
+    security = cri.LinuxSandboxSecurityContext(namespace_options=options)
+    pod = cri.PodSandboxConfig(linux=cri.LinuxPodSandboxConfig(security_context=security))
+    with pytest.raises(InvalidArgument, match="namespace_options.pid is TARGET"):
+        refusal.refuse(cri.RunPodSandboxRequest(config=pod))
+
+
+def test_devices_that_would_be_something_else_in_a_guest_are_refused() -> None:
+    for path, fits in (
+        ("/dev/fuse", True),
+        ("/dev/net/tun", True),
+        ("/dev/sda", False),
+        ("/dev/fuse/..", False),
+    ):
+        device = cri.Device(host_path=path, container_path="/dev/x", permissions="rw")
+        request = cri.CreateContainerRequest(config=cri.ContainerConfig(devices=[device]))
+        if fits:
+            refusal.refuse(request)
+        else:
+            with pytest.raises(Unsupported, match=r"devices\[0\].host_path is .*cannot enter a VM"):
+                refusal.refuse(request)
 
 
 def test_a_user_namespace_is_refused_although_all_of_it_is_zero() -> None:
@@ -140,11 +159,11 @@ def test_a_user_namespace_is_refused_although_all_of_it_is_zero() -> None:
         refusal.refuse(cri.CreateContainerRequest.parse(bytes(request)))
 
 
-def test_localhost_profiles_are_refused() -> None:
+def test_apparmor_profiles_are_refused() -> None:
     profile = cri.SecurityProfile(profile_type=cri.SecurityProfileProfileType.Localhost)
-    for name in ("seccomp", "apparmor"):
-        with pytest.raises(Unsupported, match=f"{name}.profile_type is Localhost"):
-            refusal.refuse(_container(**{name: profile}))
+    refusal.refuse(_container(seccomp=profile))
+    with pytest.raises(Unsupported, match="apparmor.profile_type is Localhost: the guest has no AppArmor"):
+        refusal.refuse(_container(apparmor=profile))
     with pytest.raises(Unsupported, match="apparmor_profile is 'localhost/x'"):
         refusal.refuse(_container(apparmor_profile="localhost/x"))
 

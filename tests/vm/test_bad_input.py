@@ -20,7 +20,8 @@ pytestmark = pytest.mark.vm
 INVALID, MISSING, WRONG_STATE = Status.INVALID_ARGUMENT, Status.NOT_FOUND, Status.FAILED_PRECONDITION
 REFUSED, TAKEN = Status.UNIMPLEMENTED, Status.ALREADY_EXISTS
 
-NODE, LOCALHOST = cri.NamespaceMode.NODE, cri.SecurityProfileProfileType.Localhost
+NODE, TARGET = cri.NamespaceMode.NODE, cri.NamespaceMode.TARGET
+LOCALHOST = cri.SecurityProfileProfileType.Localhost
 
 
 async def refused(call: Awaitable[Any], status: Status, *texts: str) -> str:
@@ -47,15 +48,9 @@ LINUX_OF_A_POD: list[tuple[dict[str, Any], Status, str]] = [
     (memory(-1), INVALID, "memory_limit_in_bytes"),
     ({"resources": cri.LinuxContainerResources(cpu_period=5, cpu_quota=-7)}, INVALID, "cpu_period"),
     ({"resources": cri.LinuxContainerResources(cpu_shares=-1)}, INVALID, "cpu_shares"),
-    (pod_security(privileged=True), REFUSED, "privileged"),
     (pod_security(namespace_options=cri.NamespaceOption(network=NODE)), INVALID, "network"),
     (pod_security(namespace_options=cri.NamespaceOption(ipc=NODE)), INVALID, "ipc"),
     (pod_security(namespace_options=cri.NamespaceOption(pid=cri.NamespaceMode(9))), INVALID, "pid"),
-    (
-        pod_security(seccomp=cri.SecurityProfile(profile_type=LOCALHOST, localhost_ref="/x.json")),
-        REFUSED,
-        "seccomp",
-    ),
     ({"sysctls": {"kernel.shm_rmid_forced": "1"}}, REFUSED, "sysctls"),
 ]
 
@@ -92,12 +87,22 @@ def limits(**values: Any) -> dict[str, Any]:
 
 CONTAINERS: list[tuple[dict[str, Any], Status, str]] = [
     ({"mounts": [cri.Mount(container_path="/m", host_path="/etc")]}, REFUSED, "mounts"),
-    ({"devices": [cri.Device(container_path="/dev/kvm", host_path="/dev/kvm")]}, REFUSED, "devices"),
-    (security(privileged=True), REFUSED, "privileged"),
+    ({"devices": [cri.Device(container_path="/dev/x", host_path="/dev/sda")]}, REFUSED, "'/dev/sda'"),
+    ({"devices": [cri.Device(container_path="/dev/x", host_path="/dev/kvm")]}, WRONG_STATE, "'/dev/kvm'"),
+    (security(privileged=True), INVALID, "pod whose security context is privileged"),
     (security(namespace_options=cri.NamespaceOption(pid=NODE)), INVALID, "pid"),
     (security(namespace_options=cri.NamespaceOption(network=NODE)), INVALID, "network"),
-    (security(seccomp=cri.SecurityProfile(profile_type=LOCALHOST, localhost_ref="x")), REFUSED, "seccomp"),
-    (security(run_as_username="root"), REFUSED, "run_as_username"),
+    (security(namespace_options=cri.NamespaceOption(pid=TARGET)), INVALID, "target_id is empty"),
+    (security(namespace_options=cri.NamespaceOption(pid=TARGET, target_id="f" * 64)), MISSING, "f" * 64),
+    (security(seccomp=cri.SecurityProfile(profile_type=LOCALHOST, localhost_ref="x")), INVALID, "'x'"),
+    (
+        security(seccomp=cri.SecurityProfile(profile_type=LOCALHOST, localhost_ref="/no/such.json")),
+        WRONG_STATE,
+        "'/no/such.json'",
+    ),
+    (security(apparmor=cri.SecurityProfile(profile_type=LOCALHOST, localhost_ref="x")), REFUSED, "AppArmor"),
+    (security(run_as_username="nobody-here"), INVALID, "'nobody-here' is not in the image's /etc/passwd"),
+    (security(run_as_group=cri.Int64Value(value=5)), INVALID, "run_as_group is set without run_as_user"),
     (security(run_as_user=cri.Int64Value(value=-5)), INVALID, "run_as_user"),
     (security(capabilities=cri.Capability(add_capabilities=["CAP_MAGIC"])), INVALID, "CAP_MAGIC"),
     (limits(memory_limit_in_bytes=-1), INVALID, "memory_limit_in_bytes"),

@@ -13,6 +13,7 @@ __all__ = (
     "CreateContainerRequest",
     "CreateContainerResponse",
     "DetailStats",
+    "Device",
     "DiskStats",
     "Event",
     "EventsRequest",
@@ -38,6 +39,7 @@ __all__ = (
     "ResizeTtyRequest",
     "ResizeTtyResponse",
     "Route",
+    "Security",
     "SetClockRequest",
     "SetClockResponse",
     "ShutdownRequest",
@@ -52,6 +54,7 @@ __all__ = (
     "StatsResponse",
     "UpdateContainerRequest",
     "UpdateContainerResponse",
+    "User",
     "WaitExecRequest",
     "WaitExecResponse",
 )
@@ -231,13 +234,21 @@ class CreateContainerRequest(betterproto2.Message):
     Close the container's stdin when its first writer has left.
     """
 
+    security: "Security | None" = betterproto2.field(10, betterproto2.TYPE_MESSAGE, optional=True)
+    """
+    What only the place of the container can decide; absent: the OCI spec holds as it is.
+    """
+
 
 default_message_pool.register_message("hyperpod.agent.v1", "CreateContainerRequest", CreateContainerRequest)
 
 
 @dataclass(eq=False, repr=False)
 class CreateContainerResponse(betterproto2.Message):
-    pass
+    user: "User | None" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, optional=True)
+    """
+    Whom the container's processes run as. Absent without `security`.
+    """
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "CreateContainerResponse", CreateContainerResponse)
@@ -279,6 +290,21 @@ class DetailStats(betterproto2.Message):
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "DetailStats", DetailStats)
+
+
+@dataclass(eq=False, repr=False)
+class Device(betterproto2.Message):
+    path: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+
+    container_path: "str" = betterproto2.field(2, betterproto2.TYPE_STRING)
+
+    permissions: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+    """
+    Some of "rwm".
+    """
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "Device", Device)
 
 
 @dataclass(eq=False, repr=False)
@@ -662,6 +688,38 @@ default_message_pool.register_message("hyperpod.agent.v1", "Route", Route)
 
 
 @dataclass(eq=False, repr=False)
+class Security(betterproto2.Message):
+    user: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    As in an image's configuration: a name or a number, either with ":group" after it; empty is root. Looked up
+    in the image's /etc/passwd and /etc/group. The spec's additionalGids are added to what is found.
+    """
+
+    strict_groups: "bool" = betterproto2.field(2, betterproto2.TYPE_BOOL)
+    """
+    Leave out the image's groups of that user (CRI's SupplementalGroupsPolicy Strict).
+    """
+
+    pid_target: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+    """
+    Id of a running container whose pid namespace to join; the spec has no pid namespace then.
+    """
+
+    devices: "list[Device]" = betterproto2.field(4, betterproto2.TYPE_MESSAGE, repeated=True)
+    """
+    Device nodes of the guest to give.
+    """
+
+    all_devices: "bool" = betterproto2.field(5, betterproto2.TYPE_BOOL)
+    """
+    All device nodes of the guest.
+    """
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "Security", Security)
+
+
+@dataclass(eq=False, repr=False)
 class SetClockRequest(betterproto2.Message):
     ns: "int" = betterproto2.field(1, betterproto2.TYPE_INT64)
 
@@ -812,6 +870,18 @@ class UpdateContainerResponse(betterproto2.Message):
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "UpdateContainerResponse", UpdateContainerResponse)
+
+
+@dataclass(eq=False, repr=False)
+class User(betterproto2.Message):
+    uid: "int" = betterproto2.field(1, betterproto2.TYPE_UINT32)
+
+    gid: "int" = betterproto2.field(2, betterproto2.TYPE_UINT32)
+
+    groups: "list[int]" = betterproto2.field(3, betterproto2.TYPE_UINT32, repeated=True)
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "User", User)
 
 
 @dataclass(eq=False, repr=False)

@@ -1,0 +1,135 @@
+"""What of a container's security only its place can tell: users of the image, device nodes of the guest."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from dataclasses import dataclass
+from typing import Any
+
+from hyperpod.agent import linux
+from hyperpod.errors import FailedPrecondition, InvalidArgument
+from hyperpod.spec.users import Identity, resolve
+
+FILE_LIMIT = 1 << 20
+"""Bytes of an image's passwd or group file; 10,000 users have 0.7 MB."""
+
+_NO_DEVICES = frozenset({"pts", "shm", "fd", "mqueue", "console", "ptmx"})
+"""Below /dev: made by the runtime for each container, or no devices."""
+
+
+@dataclass(frozen=True)
+class Security:
+    """The Security message of agent.proto. `devices`: path, path in the container, permissions."""
+
+    user: str = ""
+    strict_groups: bool = False
+    pid_target: str = ""
+    devices: tuple[tuple[str, str, str], ...] = ()
+    all_devices: bool = False
+
+
+async def apply(spec: dict[str, Any], wanted: Security) -> tuple[str, ...]:
+    """Put it into the OCI spec, whose root is mounted. Gives what the environment lacks.
+
+    Raises InvalidArgument, FailedPrecondition."""
+    user = spec["process"]["user"]
+    # Off the event loop: a hostile image's files take a while, and another container's exit must not wait.
+    found = await asyncio.to_thread(_identity, spec["root"]["path"], wanted, user["additionalGids"])
+    user.update(uid=found.uid, gid=found.gid, additionalGids=list(found.groups))
+    devices = spec["linux"].setdefault("devices", [])
+    rules = spec["linux"]["resources"]["devices"]
+    if wanted.all_devices:
+        devices += _every_device()
+        rules.append({"allow": True, "access": "rwm"})
+    for path, inside, permissions in wanted.devices:
+        device = _device(path, inside)
+        devices.append(device)
+        rules.append(
+            {
+                "allow": True,
+                "type": device["type"],
+                "major": device["major"],
+                "minor": device["minor"],
+                "access": permissions,
+            }
+        )
+    # crun takes it from the user's entry; for want of one runc says "/", and programs rely on that.
+    return () if found.known else ("HOME=/",)
+
+
+def complete(process: dict[str, Any], lacking: tuple[str, ...]) -> None:
+    """Put variables into the OCI process object that are not set there."""
+    given = {item.partition("=")[0] for item in process["env"]}
+    process["env"] += [item for item in lacking if item.partition("=")[0] not in given]
+
+
+def _identity(root: str, wanted: Security, supplemental: list[int]) -> Identity:
+    folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return resolve(
+            wanted.user,
+            supplemental,
+            strict=wanted.strict_groups,
+            passwd=lambda: read_in_root(folder, "etc/passwd"),
+            group=lambda: read_in_root(folder, "etc/group"),
+        )
+    finally:
+        os.close(folder)
+
+
+def read_in_root(root: int, path: str) -> bytes:
+    """A file of an image, which may be anything; empty when there is none. Raises InvalidArgument."""
+    try:
+        # By path only: opening a device or a FIFO for reading would do something to it.
+        fd = linux.open_in_root(root, path, os.O_PATH)
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    except OSError as exc:
+        raise InvalidArgument(f"the image's /{path}: {exc.strerror}") from exc
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise InvalidArgument(f"the image's /{path} is not a file")
+        with open(f"/proc/self/fd/{fd}", "rb") as file:
+            content = file.read(FILE_LIMIT + 1)
+    finally:
+        os.close(fd)
+    if len(content) > FILE_LIMIT:
+        raise InvalidArgument(f"the image's /{path} is larger than {FILE_LIMIT} bytes")
+    return content
+
+
+def _device(path: str, inside: str) -> dict[str, Any]:
+    """The OCI device object of a node of this machine. Raises FailedPrecondition."""
+    try:
+        status = os.stat(path)
+    except OSError as exc:
+        raise FailedPrecondition(f"device {path[:100]!r} is not in the guest: {exc.strerror}") from exc
+    if not (stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+        raise FailedPrecondition(f"{path[:100]!r} is no device in the guest")
+    return {
+        "path": inside or path,
+        "type": "b" if stat.S_ISBLK(status.st_mode) else "c",
+        "major": os.major(status.st_rdev),
+        "minor": os.minor(status.st_rdev),
+        "fileMode": stat.S_IMODE(status.st_mode),
+        "uid": status.st_uid,
+        "gid": status.st_gid,
+    }
+
+
+def _every_device() -> list[dict[str, Any]]:
+    """Every node below /dev that a container is to have when it gets them all."""
+    found: list[dict[str, Any]] = []
+    folders = ["/dev"]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.path.removeprefix("/dev/") in _NO_DEVICES or entry.is_symlink():
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.path)
+                elif stat.S_IFMT(entry.stat().st_mode) in (stat.S_IFCHR, stat.S_IFBLK):
+                    found.append(_device(entry.path, ""))
+    return found

@@ -1,0 +1,94 @@
+"""Which seccomp profile a container gets, and where it is read from.
+
+RuntimeDefault is a file that others maintain (containers/common's, as podman and CRI-O use it), read anew for each
+container so that an upgraded package counts at once. A file that is missing or broken is an error: a container
+is never started with less than what was asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import platform
+import stat
+from pathlib import Path
+from typing import Any
+
+from hyperpod.config import ContainerConfig as Settings
+from hyperpod.errors import FailedPrecondition, HyperpodError, InvalidArgument
+from hyperpod.model.container import ContainerConfig
+from hyperpod.model.security import SeccompKind
+from hyperpod.spec.capabilities import of_container
+from hyperpod.spec.profile import Target, resolve
+from hyperpod.spec.seccomp import ALLOW_ALL, without_host_sockets
+
+PROFILE_LIMIT = 1 << 20
+"""Bytes of a profile; containers/common's has 26,000."""
+
+
+class SeccompProfiles:
+    """Of one daemon."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def kind(self, config: ContainerConfig) -> SeccompKind:
+        """What the request comes to: privileged is unconfined, and unset is as the configuration says.
+
+        A request that says nothing at all about security gets the default profile."""
+        if config.privileged:
+            return SeccompKind.UNCONFINED
+        if config.seccomp.kind is not SeccompKind.UNSET:
+            return config.seccomp.kind
+        if not config.has_security_context:
+            return SeccompKind.RUNTIME_DEFAULT
+        return SeccompKind(self._settings.unset_seccomp_profile)
+
+    async def of(self, config: ContainerConfig, kernel: str) -> dict[str, Any] | None:
+        """The OCI seccomp object, None for no filter. `kernel`: release of the guest's.
+
+        Raises FailedPrecondition or InvalidArgument that names the file and what is wrong with it."""
+        kind = self.kind(config)
+        if kind is SeccompKind.UNCONFINED:
+            return without_host_sockets(ALLOW_ALL) if self._settings.filter_unconfined else None
+        caps = frozenset(
+            of_container(config.capabilities.add, config.capabilities.drop, config.capabilities.add_ambient)
+        )
+        target = Target(caps, platform.machine(), kernel)
+        if kind is SeccompKind.LOCALHOST:
+            try:
+                profile = resolve(await _read(config.seccomp.path), target)
+            except HyperpodError as exc:
+                raise type(exc)(f"seccomp profile {config.seccomp.path[:500]!r}: {exc}") from exc
+            return without_host_sockets(profile)
+        path = str(self._settings.seccomp_profile)
+        try:
+            profile = resolve(await _read(path), target)
+        except HyperpodError as exc:
+            raise FailedPrecondition(
+                f"the default seccomp profile {path!r}: {exc}; "
+                "install golang-github-containers-common, or set container.seccomp_profile"
+            ) from exc
+        # The native ABI only: what runs in another one is killed, and guest kernels of ours have no other.
+        profile.pop("architectures", None)
+        return without_host_sockets(profile)
+
+
+async def _read(path: str) -> object:
+    return await asyncio.to_thread(_load, Path(path))
+
+
+def _load(path: Path) -> object:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would keep us waiting
+            raise InvalidArgument("it is not a file")
+        with path.open("rb") as file:
+            data = file.read(PROFILE_LIMIT + 1)
+    except OSError as exc:
+        raise FailedPrecondition(str(exc.strerror)) from exc
+    if len(data) > PROFILE_LIMIT:
+        raise InvalidArgument(f"it is larger than {PROFILE_LIMIT} bytes")
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidArgument(f"it is not JSON: {exc!s:.200}") from exc
