@@ -10,8 +10,8 @@ from typing import Any
 from hyperpod import __version__
 from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.config import Config
-from hyperpod.cri import convert, replies
-from hyperpod.cri.codec import ListCodec
+from hyperpod.cri import convert, metrics, replies
+from hyperpod.cri.codec import ListCodec, joined
 from hyperpod.cri.guard import guarded
 from hyperpod.cri.ports import Ports
 from hyperpod.errors import NetworkError
@@ -182,10 +182,8 @@ class RuntimeService(cri.RuntimeServiceBase):
     async def container_stats(self, message: cri.ContainerStatsRequest) -> cri.ContainerStatsResponse:
         return cri.ContainerStatsResponse(stats=await self._ports.stats.container(message.container_id))
 
-    async def list_container_stats(
-        self, message: cri.ListContainerStatsRequest
-    ) -> cri.ListContainerStatsResponse:
-        return cri.ListContainerStatsResponse(stats=await self._ports.stats.containers(message.filter))
+    async def list_container_stats(self, message: cri.ListContainerStatsRequest) -> Any:
+        return await joined(await self._ports.stats.containers(message.filter))
 
     async def stream_container_stats(
         self, message: cri.StreamContainerStatsRequest
@@ -196,16 +194,28 @@ class RuntimeService(cri.RuntimeServiceBase):
     async def pod_sandbox_stats(self, message: cri.PodSandboxStatsRequest) -> cri.PodSandboxStatsResponse:
         return cri.PodSandboxStatsResponse(stats=await self._ports.stats.pod(message.pod_sandbox_id))
 
-    async def list_pod_sandbox_stats(
-        self, message: cri.ListPodSandboxStatsRequest
-    ) -> cri.ListPodSandboxStatsResponse:
-        return cri.ListPodSandboxStatsResponse(stats=await self._ports.stats.pods(message.filter))
+    async def list_pod_sandbox_stats(self, message: cri.ListPodSandboxStatsRequest) -> Any:
+        return await joined(await self._ports.stats.pods(message.filter))
 
     async def stream_pod_sandbox_stats(
         self, message: cri.StreamPodSandboxStatsRequest
     ) -> AsyncIterator[cri.StreamPodSandboxStatsResponse]:
         for page in replies.pages(await self._ports.stats.pods(message.filter)):
             yield cri.StreamPodSandboxStatsResponse(pod_sandbox_stats=page)
+
+    async def list_metric_descriptors(
+        self, message: cri.ListMetricDescriptorsRequest
+    ) -> cri.ListMetricDescriptorsResponse:
+        return cri.ListMetricDescriptorsResponse(descriptors=metrics.descriptors())
+
+    async def list_pod_sandbox_metrics(self, message: cri.ListPodSandboxMetricsRequest) -> Any:
+        return await joined([pod async for pod in self._ports.stats.metrics()])
+
+    async def stream_pod_sandbox_metrics(
+        self, message: cri.StreamPodSandboxMetricsRequest
+    ) -> AsyncIterator[cri.StreamPodSandboxMetricsResponse]:
+        async for pod in self._ports.stats.metrics():
+            yield cri.StreamPodSandboxMetricsResponse(pod_sandbox_metrics=[pod])
 
     # -- inside of containers -----------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.container.live import LiveContainer
 from hyperpod.container.manager import ContainerManager
 from hyperpod.container.stats import StatsCollector
-from hyperpod.cri import filesystems, replies, stats_replies
+from hyperpod.cri import filesystems, metrics, replies, stats_replies
 from hyperpod.errors import Unavailable
 from hyperpod.sandbox import overhead
 from hyperpod.sandbox.live import LiveSandbox
@@ -50,7 +51,6 @@ class StatsReader:
 
     async def containers(self, wanted: cri.ContainerStatsFilter | None) -> list[cri.ContainerStats]:
         """Those of pods that do not answer have their attributes, and what was last known."""
-        self._collector.forget_all_but(sandbox.id for sandbox in self._sandboxes.index.values())
         found = replies.wanted_containers(self._containers.all(), _as_filter(wanted))
         samples = await self._collector.collect(self._of(found))
         mountpoint = self._mountpoint()
@@ -67,24 +67,40 @@ class StatsReader:
 
     async def pods(self, wanted: cri.PodSandboxStatsFilter | None) -> list[cri.PodSandboxStats]:
         """Of ready pods; one that never answered has its attributes alone."""
-        self._collector.forget_all_but(sandbox.id for sandbox in self._sandboxes.index.values())
         wanted = wanted or cri.PodSandboxStatsFilter()
         found = [
             sandbox
-            for sandbox in self._sandboxes.index.values()
-            if sandbox.ready
-            and sandbox.id.startswith(wanted.id)
+            for sandbox in self._ready()
+            if sandbox.id.startswith(wanted.id)
             and wanted.label_selector.items() <= sandbox.record.config.labels.items()
         ]
         samples = await self._collector.collect(found)
-        containers: dict[str, list[LiveContainer]] = defaultdict(list)
-        for container in self._containers.all():
-            containers[container.sandbox_id].append(container)
-        mountpoint = self._mountpoint()
+        containers, mountpoint = self._by_sandbox(), self._mountpoint()
         return [
             stats_replies.pod(sandbox, containers[sandbox.id], samples.get(sandbox.id), mountpoint)
             for sandbox in found
         ]
+
+    async def metrics(self) -> AsyncIterator[cri.PodSandboxMetrics]:
+        """Of ready pods whose guests answer, one after the other."""
+        found = self._ready()
+        samples = await self._collector.collect(found, details=True)
+        containers = self._by_sandbox()
+        for sandbox in found:
+            if (sample := samples.get(sandbox.id)) is not None:
+                yield metrics.pod(sandbox, containers[sandbox.id], sample)
+                await asyncio.sleep(0)  # some hundred messages each
+
+    def _ready(self) -> list[LiveSandbox]:
+        living = self._sandboxes.index.values()
+        self._collector.forget_all_but(sandbox.id for sandbox in living)
+        return [sandbox for sandbox in living if sandbox.ready]
+
+    def _by_sandbox(self) -> dict[str, list[LiveContainer]]:
+        found: dict[str, list[LiveContainer]] = defaultdict(list)
+        for container in self._containers.all():
+            found[container.sandbox_id].append(container)
+        return found
 
     async def host(self, ident: str) -> dict[str, Any]:
         """What a ready sandbox costs its host, beside what its guest says it uses. Empty when it is not ready."""
