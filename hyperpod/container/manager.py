@@ -27,6 +27,7 @@ from hyperpod.errors import (
 from hyperpod.image.store import ImageStore, LayerFile
 from hyperpod.model.base import now_ns
 from hyperpod.model.container import (
+    OOM_CODE,
     START_ERROR_CODE,
     UNKNOWN_CODE,
     Container,
@@ -401,12 +402,11 @@ class ContainerManager:
     async def sandbox_stopped(self, sandbox: LiveSandbox, detail: str) -> None:
         self._deaf.discard(sandbox.id)
         message = f"the pod's virtual machine ended: {detail}" if detail else "the pod was stopped"
+        code, reason = (OOM_CODE, Reason.OOM_KILLED) if sandbox.host_oom else (UNKNOWN_CODE, Reason.UNKNOWN)
         for container in self.of(sandbox.id):
             if container.state is not ContainerState.EXITED:
                 started = container.status.started_at or now_ns()
-                await self._finish(
-                    container, UNKNOWN_CODE, Reason.UNKNOWN, message, now_ns(), started_at=started
-                )
+                await self._finish(container, code, reason, message, now_ns(), started_at=started)
             await self._release(container, sandbox)
 
     async def sandbox_removing(self, sandbox: LiveSandbox) -> None:

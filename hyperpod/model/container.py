@@ -84,6 +84,9 @@ class Reason(StrEnum):
 START_ERROR_CODE = 128
 """Exit code of a container that could not be started, as containerd reports it."""
 
+OOM_CODE = 137
+"""128 and SIGKILL: how the kernel ends what takes too much memory."""
+
 UNKNOWN_CODE = 255
 """Exit code of a container whose true one is lost with its VM, as containerd reports it."""
 

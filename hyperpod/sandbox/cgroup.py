@@ -59,6 +59,10 @@ class SandboxCgroups:
         """Move a process with all its threads in; one that is gone is none. Raises Unavailable."""
         await asyncio.to_thread(self._admit, path, pid)
 
+    async def oom_kills(self, path: str) -> int:
+        """How many processes of it this host has killed for want of memory."""
+        return await asyncio.to_thread(self._oom_kills, path)
+
     async def remove(self, path: str, domain: str = "") -> None:
         """Kill who is left in it and remove it, and what libvirt has left of `domain`; safe to repeat.
 
@@ -110,6 +114,15 @@ class SandboxCgroups:
                 return
             except OSError as exc:
                 raise Unavailable(f"process {pid} cannot join cgroup {folder}: {exc.strerror}") from exc
+
+    def _oom_kills(self, path: str) -> int:
+        for hierarchy in self.used:
+            for name in ("memory.events", "memory.oom_control"):  # v2, v1
+                with contextlib.suppress(OSError):
+                    for line in Path(f"{hierarchy.mount}{path}/{name}").read_text().splitlines():
+                        if line.startswith("oom_kill "):
+                            return int(line.split()[1])
+        return 0
 
     def _remove_all(self, path: str) -> list[str]:
         """Returns what is still there."""

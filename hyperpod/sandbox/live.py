@@ -27,6 +27,8 @@ class LiveSandbox:
         self.shim: ShimClient | None = None
         self.gone = asyncio.Event()
         self.gone_detail = ""
+        self.host_oom = False
+        """The host's kernel killed the VM for want of memory in the pod's cgroup."""
         self.tasks: list[asyncio.Task[None]] = []
 
     @property

@@ -246,6 +246,9 @@ class SandboxManager:
 
     async def _await_death(self, sandbox: LiveSandbox) -> None:
         await sandbox.gone.wait()
+        if await self.builder.cgroups.oom_kills(self.builder.cgroup(sandbox)):
+            sandbox.host_oom = True
+            sandbox.gone_detail += "; the host killed it for want of memory: its pod's cgroup is too small"
         log.warning("sandbox %s: its VM is gone: %s", sandbox.short, sandbox.gone_detail)
         self.owner.spawn(f"stop-dead/{sandbox.short}", self.stop(sandbox.id))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from hyperpod.api.gen.runtime import v1 as cri
+from hyperpod.sandbox.cgroup import mounted
 from tests.daemonkit import Cri
 
 pytestmark = pytest.mark.vm
@@ -192,3 +196,30 @@ async def test_a_bigger_pod_needs_another_vm(cri_client: Cri, pod: str) -> None:
         await update(161)
     assert info.value.status is Status.FAILED_PRECONDITION
     assert "has 160 MiB for containers, 161 MiB are wanted" in str(info.value.message)
+
+
+@pytest.fixture
+def parent() -> Iterator[Path]:
+    """The memory cgroup of a pod, as a kubelet makes it on this host; removed with its twins afterwards."""
+    name = f"/hptest{secrets.token_hex(4)}"
+    found = [Path(h.mount + name) for h in mounted()]
+    memory = next(p for p in found if any((p.parent / f).exists() for f in ("memory.stat", "memory.kmem")))
+    yield memory
+    for folder in found:
+        if folder.is_dir():
+            folder.rmdir()
+
+
+async def test_a_pod_whose_cgroup_on_the_host_is_too_small(cri_client: Cri, parent: Path) -> None:
+    pod = await cri_client.run_pod(cri_client.pod_config(cgroup_parent=f"/{parent.name}"))
+    container = await cri_client.sh(pod, "sleep 600")
+    usage, limit = parent / "memory.usage_in_bytes", parent / "memory.limit_in_bytes"
+    if not usage.exists():
+        usage, limit = parent / "memory.current", parent / "memory.max"
+    limit.write_text(str(int(usage.read_text()) + 8 * MIB))
+    with pytest.raises(GRPCError):
+        await cri_client.exec(container, "dd", "if=/dev/urandom", "of=/dev/shm/x", "bs=1M", "count=60")
+    status = await cri_client.wait(container)
+    assert (status.exit_code, status.reason) == (137, "OOMKilled")
+    assert "its pod's cgroup is too small" in status.message
+    await cri_client.remove_pod(pod)

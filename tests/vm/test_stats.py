@@ -94,7 +94,9 @@ async def test_what_containers_do_is_seen(cri_client: Cri, pod: str) -> None:
     assert value(whole.linux.cpu.usage_nano_cores) > 0
     assert value(whole.linux.memory.working_set_bytes) >= 40 * MIB
     assert whole.linux.process is not None and value(whole.linux.process.process_count) >= 3
-    assert whole.linux.network is not None
+    assert whole.linux.network is not None and whole.linux.network.default_interface is not None
+    assert whole.linux.network.default_interface.name == "eth0"
+    assert value(whole.linux.network.default_interface.tx_bytes) > 0, "IPv6 greets its neighbours"
 
 
 async def test_lists_and_filters(cri_client: Cri, pod: str) -> None:
@@ -194,3 +196,32 @@ async def test_statistics_while_containers_come_and_go(cri_client: Cri, pod: str
         await of_pod(cri_client, pod)
         await asyncio.sleep(0.05)
     await working
+
+
+async def test_metrics(cri_client: Cri, pod: str) -> None:
+    container = await cri_client.sh(pod, "dd if=/dev/zero of=/f bs=1M count=8; sync; echo up; sleep 600")
+    await logged(cri_client, container)
+    described = (
+        await cri_client.runtime.list_metric_descriptors(cri.ListMetricDescriptorsRequest())
+    ).descriptors
+    keys = {d.name: d.label_keys for d in described}
+    [told] = (
+        await cri_client.runtime.list_pod_sandbox_metrics(cri.ListPodSandboxMetricsRequest())
+    ).pod_metrics
+    streamed = [
+        pod
+        async for page in cri_client.runtime.stream_pod_sandbox_metrics(cri.StreamPodSandboxMetricsRequest())
+        for pod in page.pod_sandbox_metrics
+    ]
+    assert [p.pod_sandbox_id for p in streamed] == [pod] == [told.pod_sandbox_id]
+    [one] = told.container_metrics
+    assert one.container_id == container
+    everything = [*told.metrics, *one.metrics]
+    assert {m.name for m in everything} == set(keys) - {"container_spec_cpu_quota"}, "that one has no quota"
+    assert all(len(m.label_values) == len(keys[m.name]) for m in everything)
+    values = {(m.name, *m.label_values[5:]): value(m.value) for m in everything}
+    assert values["container_fs_usage_bytes", "scratch"] >= 8 * MIB
+    assert values["container_fs_writes_bytes_total", "scratch"] >= 8 * MIB
+    assert values["container_processes",] >= 1
+    assert values["container_memory_max_usage_bytes",] > MIB
+    assert values["container_network_transmit_packets_total", "eth0"] > 0
