@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from hyperpod.agentclient.figures import Bounds, SandboxFigures
 from hyperpod.errors import HyperpodError
@@ -85,7 +86,7 @@ class StatsCollector:
     def __init__(self, owner: TaskOwner, disk: int) -> None:
         self._operations = Operations(owner)
         self._disk = disk
-        self._known: dict[str, _Known] = {}
+        self._known: WeakKeyDictionary[LiveSandbox, _Known] = WeakKeyDictionary()
 
     async def collect(
         self, sandboxes: Iterable[LiveSandbox], *, details: bool = False
@@ -95,14 +96,8 @@ class StatsCollector:
         samples = await asyncio.gather(*(self._sample(sandbox, details) for sandbox in ready))
         return {sandbox.id: sample for sandbox, sample in zip(ready, samples, strict=True)}
 
-    def forget_all_but(self, sandboxes: Iterable[str]) -> None:
-        """Drop what is kept of sandboxes that are gone."""
-        living = set(sandboxes)
-        for ident in self._known.keys() - living:
-            del self._known[ident]
-
     async def _sample(self, sandbox: LiveSandbox, details: bool) -> Sample | None:
-        known = self._known.setdefault(sandbox.id, _Known())
+        known = self._known.setdefault(sandbox, _Known())
         age = time.monotonic() - known.asked
         if known.sample is not None and age < FRESH and (known.detailed or not details):
             return known.sample

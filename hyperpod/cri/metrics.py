@@ -20,6 +20,7 @@ from hyperpod.agentclient.figures import (
 from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.container.live import LiveContainer
 from hyperpod.container.stats import Sample
+from hyperpod.model.container import ContainerState
 from hyperpod.model.security import LinuxResources
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.spec.resources import DEFAULT_PERIOD
@@ -213,7 +214,7 @@ def _metric(kind: Kind | NetworkKind, at: int, labels: tuple[str, ...], value: i
 def _of_container(
     sandbox: LiveSandbox, item: LiveContainer, sample: Sample, figures: ContainerFigures
 ) -> Iterator[cri.Metric]:
-    if figures.cgroup is None or figures.details is None:
+    if figures.cgroup is None or figures.details is None or item.state is not ContainerState.RUNNING:
         return
     config, pod = item.record.config, sandbox.record.config.metadata
     labels = (

@@ -63,7 +63,7 @@ class StatsReader:
         sample = (await self._collector.collect([sandbox])).get(sandbox.id)
         if sample is None:
             raise Unavailable(f"sandbox {sandbox.short}: its guest does not answer")
-        return stats_replies.pod(sandbox, self._containers.of(sandbox.id), sample, self._mountpoint())
+        return stats_replies.pod(sandbox, self._by_sandbox()[sandbox.id], sample, self._mountpoint())
 
     async def pods(self, wanted: cri.PodSandboxStatsFilter | None) -> list[cri.PodSandboxStats]:
         """Of ready pods; one that never answered has its attributes alone."""
@@ -92,9 +92,7 @@ class StatsReader:
                 await asyncio.sleep(0)  # some hundred messages each
 
     def _ready(self) -> list[LiveSandbox]:
-        living = self._sandboxes.index.values()
-        self._collector.forget_all_but(sandbox.id for sandbox in living)
-        return [sandbox for sandbox in living if sandbox.ready]
+        return [sandbox for sandbox in self._sandboxes.index.values() if sandbox.ready]
 
     def _by_sandbox(self) -> dict[str, list[LiveContainer]]:
         found: dict[str, list[LiveContainer]] = defaultdict(list)

@@ -20,6 +20,7 @@ from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.container.live import LiveContainer
 from hyperpod.container.stats import Sample
 from hyperpod.model.base import now_ns
+from hyperpod.model.container import ContainerState
 from hyperpod.sandbox.live import LiveSandbox
 
 DEFAULT_INTERFACE = "eth0"
@@ -82,7 +83,8 @@ def container(item: LiveContainer, sample: Sample | None, mountpoint: str) -> cr
         return stats
     at = sample.at_ns
     stats.writable_layer = _writable(figures, at, mountpoint)
-    if figures.cgroup is not None:
+    # The sample may be older than the container's end.
+    if figures.cgroup is not None and item.state is ContainerState.RUNNING:
         stats.cpu = _cpu(figures.cgroup, sample.nano_cores.get(item.id), at)
         stats.memory = _memory(figures.cgroup, at)
         stats.swap = cri.SwapUsage(

@@ -13,6 +13,7 @@ from h2.exceptions import H2Error
 
 from hyperpod.agentclient import client as client_module
 from hyperpod.agentclient.client import AgentClient
+from hyperpod.agentclient.figures import Bounds
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import HyperpodError
 from tests.hostilepeer import Call, hostile, message
@@ -74,7 +75,7 @@ def misbehave(rng: random.Random, call: Call) -> None:
 
 
 async def use(rng: random.Random, client: AgentClient) -> Any:
-    match rng.randrange(5):
+    match rng.randrange(6):
         case 0:
             return await client.hello(host_time_ns=1, entropy=b"", hostname="h", sysctls={})
         case 1:
@@ -83,6 +84,8 @@ async def use(rng: random.Random, client: AgentClient) -> Any:
             return [event async for event in client.events(0)]
         case 3:
             return await client.wait_exec(ID, "e", timeout=0.3)
+        case 4:
+            return await client.stats(Bounds(memory=1 << 30, disk=1 << 30, cpu_ns=1 << 40), timeout=0.3)
         case _:
             return await client.start_container(ID)
 
