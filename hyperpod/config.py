@@ -62,6 +62,8 @@ class NetworkConfig(Section):
 
     conf_dir: Path = Path("/etc/cni/net.d")
     bin_dirs: tuple[Path, ...] = (Path("/opt/cni/bin"), Path("/usr/lib/cni"))
+    conf_template: Path | None = None
+    """A conflist with holes for the node's pod networks (hyperpod/spec/cnitemplate.py)."""
     plugin_timeout: float = Field(default=60.0, gt=0)
     """Seconds for one call of one plugin."""
 

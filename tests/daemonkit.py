@@ -161,14 +161,18 @@ class Daemon:
         left += [name for name in taps() if name[2:14] in shorts]
         return left + self.network.leftovers()
 
+    def unmount_namespaces(self) -> None:
+        """As the end of the host does: what was in them is gone."""
+        for mount in (self.run_dir / "netns").glob("*"):
+            subprocess.run(["umount", "-l", mount], capture_output=True, check=False)
+
     def destroy(self) -> None:
         """After the tests: nothing of this daemon may live on."""
         self.stop()
         for line in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(line.split()[0]), signal.SIGKILL)
-        for mount in (self.run_dir / "netns").glob("*"):
-            subprocess.run(["umount", "-l", mount], capture_output=True, check=False)
+        self.unmount_namespaces()
         self.network.destroy()
         shutil.rmtree(self.run_dir, ignore_errors=True)
 

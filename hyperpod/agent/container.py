@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from hyperpod.agent import rootfs, security
+from hyperpod.agent import podfiles, rootfs, security
 from hyperpod.agent.cgroups import Cgroups
 from hyperpod.agent.crun import Crun
 from hyperpod.agent.events import State, Status
@@ -193,6 +193,7 @@ class Container:
                 self.environment = await security.apply(spec, wanted)
                 security.complete(spec["process"], self.environment)
             self.user = spec["process"]["user"]
+            podfiles.add_mounts(layout, spec)
             _write_json(f"{layout.bundle(self.id)}/config.json", spec)
         except (HyperpodError, OSError, KeyError, TypeError) as exc:
             await self._undo()

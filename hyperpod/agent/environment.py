@@ -8,9 +8,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
 
-from hyperpod.agent import linux, rootfs
+from hyperpod.agent import linux, podfiles, rootfs
 from hyperpod.agent.cgroups import ROOT as CGROUP_ROOT
 from hyperpod.agent.cgroups import Cgroups
 from hyperpod.agent.crun import Crun
@@ -44,16 +43,9 @@ class Place:
         self.layout, self._ended = layout, ended
         self._crun_version: str | None = None
 
-    async def greet(
-        self,
-        now_ns: int,
-        entropy: bytes,
-        hostname: str,
-        sysctls: dict[str, str],
-        interfaces: Sequence[v1.NetworkInterface],
-    ) -> None:
+    async def greet(self, hello: v1.HelloRequest) -> None:
         """Take what Hello brings. A host agent shares its kernel: what would change it is refused."""
-        if sysctls or interfaces:
+        if hello.sysctls or hello.interfaces:
             raise InvalidArgument("a host agent sets no sysctls and no network")
 
     def set_clock(self, ns: int) -> None:
@@ -126,29 +118,24 @@ class GuestPlace(Place):
         phase("scratch")
         return layout, cgroups
 
-    async def greet(
-        self,
-        now_ns: int,
-        entropy: bytes,
-        hostname: str,
-        sysctls: dict[str, str],
-        interfaces: Sequence[v1.NetworkInterface],
-    ) -> None:
-        self.set_clock(now_ns)
-        if entropy:
-            linux.add_entropy(entropy[:ENTROPY_LIMIT])
-        if hostname:
+    async def greet(self, hello: v1.HelloRequest) -> None:
+        self.set_clock(hello.host_time_ns)
+        if hello.entropy:
+            linux.add_entropy(hello.entropy[:ENTROPY_LIMIT])
+        if hello.hostname:
             try:
-                socket.sethostname(hostname)
+                socket.sethostname(hello.hostname)
             except OSError as exc:
-                raise InvalidArgument(f"hostname {hostname[:80]!r}: {exc.strerror}") from exc
-        if interfaces:
+                raise InvalidArgument(f"hostname {hello.hostname[:80]!r}: {exc.strerror}") from exc
+        if hello.interfaces:
             from hyperpod.agent import network
 
-            network.configure(interfaces)
+            network.configure(hello.interfaces)
         # After the network: a pod's settings of its interfaces are meant for those that are there.
-        for name, value in sysctls.items():
+        for name, value in hello.sysctls.items():
             set_sysctl(name, value)
+        if hello.resolv_conf or hello.hosts:
+            podfiles.write(self.layout, hello.resolv_conf, hello.hosts, hello.hostname)
 
     def set_clock(self, ns: int) -> None:
         if ns > 0:

@@ -25,6 +25,10 @@ class Layout:
         return f"{self.root}/l"
 
     @property
+    def pod_files(self) -> str:
+        return f"{self.root}/e"
+
+    @property
     def trash(self) -> str:
         return f"{self.scratch}/t"
 

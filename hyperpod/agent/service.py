@@ -67,9 +67,7 @@ class AgentService(v1.AgentBase):
     async def hello(self, message: v1.HelloRequest) -> v1.HelloResponse:
         if message.api_version < OLDEST_API_VERSION or message.api_version > API_VERSION + 1:
             raise FailedPrecondition(f"API version {message.api_version} is not spoken, {API_VERSION} is")
-        await self._place.greet(
-            message.host_time_ns, message.entropy, message.hostname, dict(message.sysctls), message.interfaces
-        )
+        await self._place.greet(message)
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot_id = file.read().strip()
         return v1.HelloResponse(

@@ -5,6 +5,7 @@ All functions raise InvalidArgument that names the field.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 
@@ -13,6 +14,7 @@ from hyperpod.errors import InvalidArgument
 from hyperpod.model.container import Capabilities, ContainerConfig, ContainerMetadata
 from hyperpod.model.images import RegistryAuth
 from hyperpod.model.sandbox import DnsConfig, PortMapping, SandboxConfig, SandboxMetadata
+<<<<<<< HEAD
 from hyperpod.model.security import (
     Device,
     LinuxResources,
@@ -22,6 +24,10 @@ from hyperpod.model.security import (
     SeccompProfile,
 )
 from hyperpod.spec import limits
+=======
+from hyperpod.model.security import LinuxResources, NamespaceMode, NamespaceOptions, SeccompKind
+from hyperpod.spec import podnet
+>>>>>>> 9c345c9 (DNS, hosts and hostname files, sysctls, host ports, bandwidth, a conflist from the node's pod networks; tests of plugins that fail)
 from hyperpod.spec.cgroup import parent_folder
 
 MAX_NAME = 1024
@@ -37,6 +43,9 @@ MAX_SECONDS = 99_999_999
 """Longer timeouts are none: three years, and the most that gRPC's eight digits of seconds hold."""
 
 _HOSTNAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\Z")
+_WORD = re.compile(r"[\x21-\x7e]{1,255}\Z")
+_SYSCTL = re.compile(r"[A-Za-z0-9_-]+([./][A-Za-z0-9_-]+)+\Z")
+MAX_DNS = 64
 _NUL = re.compile("\0")
 
 
@@ -186,6 +195,61 @@ def _devices(values: Sequence[cri.Device]) -> tuple[Device, ...]:
     return tuple(found)
 
 
+def _address(where: str, value: str) -> str:
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError as exc:
+        raise InvalidArgument(f"{where} is {value[:100]!r}, not an IP address") from exc
+
+
+def _words(where: str, values: Sequence[str]) -> tuple[str, ...]:
+    """Of a line of resolv.conf: no white space in them."""
+    if len(values) > MAX_DNS:
+        raise InvalidArgument(f"{where} has {len(values)} items, at most {MAX_DNS} are taken")
+    for i, value in enumerate(values):
+        if not _WORD.match(value):
+            raise InvalidArgument(
+                f"{where}[{i}] is {value[:100]!r}: a word of at most 255 characters is needed"
+            )
+    return tuple(values)
+
+
+def _ports(values: Sequence[cri.PortMapping]) -> tuple[PortMapping, ...]:
+    if len(values) > MAX_ITEMS:
+        raise InvalidArgument(f"config.port_mappings has {len(values)} items, at most {MAX_ITEMS} are taken")
+    found = []
+    for i, port in enumerate(values):
+        where = f"config.port_mappings[{i}]"
+        host_port = _number(f"{where}.host_port", port.host_port, 0, 65535)
+        low = 1 if host_port else 0
+        found.append(
+            PortMapping(
+                protocol=port.protocol.name or "",
+                container_port=_number(f"{where}.container_port", port.container_port, low, 65535),
+                host_port=host_port,
+                host_ip=_address(f"{where}.host_ip", port.host_ip) if port.host_ip else "",
+            )
+        )
+    return tuple(found)
+
+
+def _sysctls(where: str, values: Mapping[str, str]) -> dict[str, str]:
+    """Well-formed ones; whether the guest's kernel has them, it tells itself."""
+    for name, value in _map(where, values).items():
+        if not _SYSCTL.match(name):
+            raise InvalidArgument(f"{where}: {name[:100]!r} is not the name of a sysctl")
+        if len(value) > MAX_NAME or not value.isprintable():
+            raise InvalidArgument(f"{where}: {name} has the value {value[:100]!r}")
+    return dict(values)
+
+
+def _checked(config: SandboxConfig) -> SandboxConfig:
+    """What becomes a word of the network's: annotations of bandwidth, names for the plugins."""
+    podnet.runtime(config)
+    podnet.arguments(config, "")
+    return config
+
+
 def sandbox_config(config: cri.PodSandboxConfig | None) -> SandboxConfig:
     """RunPodSandboxRequest.config to the record."""
     if config is None:
@@ -197,7 +261,7 @@ def sandbox_config(config: cri.PodSandboxConfig | None) -> SandboxConfig:
     security = linux.security_context or cri.LinuxSandboxSecurityContext()
     dns = config.dns_config
     context = "config.linux.security_context"
-    return SandboxConfig(
+    built = SandboxConfig(
         metadata=SandboxMetadata(
             name=_text("config.metadata.name", meta.name, required=True),
             uid=_text("config.metadata.uid", meta.uid, required=True),
@@ -209,19 +273,11 @@ def sandbox_config(config: cri.PodSandboxConfig | None) -> SandboxConfig:
         dns=None
         if dns is None
         else DnsConfig(
-            servers=_texts("config.dns_config.servers", dns.servers),
-            searches=_texts("config.dns_config.searches", dns.searches),
-            options=_texts("config.dns_config.options", dns.options),
+            servers=tuple(_address(f"config.dns_config.servers[{i}]", x) for i, x in enumerate(dns.servers)),
+            searches=_words("config.dns_config.searches", dns.searches),
+            options=_words("config.dns_config.options", dns.options),
         ),
-        port_mappings=tuple(
-            PortMapping(
-                protocol=port.protocol.name or "",
-                container_port=port.container_port,
-                host_port=port.host_port,
-                host_ip=port.host_ip,
-            )
-            for port in config.port_mappings
-        ),
+        port_mappings=_ports(config.port_mappings),
         labels=_map("config.labels", config.labels),
         annotations=_map("config.annotations", config.annotations),
         has_linux=config.linux is not None,
@@ -231,11 +287,17 @@ def sandbox_config(config: cri.PodSandboxConfig | None) -> SandboxConfig:
         run_as_group=_id(f"{context}.run_as_group", security.run_as_group),
         readonly_rootfs=security.readonly_rootfs,
         supplemental_groups=_ids(f"{context}.supplemental_groups", security.supplemental_groups),
+<<<<<<< HEAD
         privileged=security.privileged,
         sysctls=_map("config.linux.sysctls", linux.sysctls),
+=======
+        seccomp=_seccomp(security.seccomp),
+        sysctls=_sysctls("config.linux.sysctls", linux.sysctls),
+>>>>>>> 9c345c9 (DNS, hosts and hostname files, sysctls, host ports, bandwidth, a conflist from the node's pod networks; tests of plugins that fail)
         resources=resources("config.linux.resources", linux.resources),
         overhead=resources("config.linux.overhead", linux.overhead),
     )
+    return _checked(built)
 
 
 def stop_signal(value: cri.Signal) -> str:

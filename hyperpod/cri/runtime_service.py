@@ -48,7 +48,7 @@ class RuntimeService(cri.RuntimeServiceBase):
         ]
         return cri.StatusResponse(
             status=cri.RuntimeStatus(conditions=conditions),
-            info={"hypervisor": self._facts()} if message.verbose else {},
+            info={"hypervisor": self._facts(), "network": self._network()} if message.verbose else {},
             runtime_handlers=[
                 cri.RuntimeHandler(name=name, features=cri.RuntimeHandlerFeatures()) for name in HANDLERS
             ],
@@ -78,6 +78,20 @@ class RuntimeService(cri.RuntimeServiceBase):
             }
         )
 
+    def _network(self) -> str:
+        conf = self._ports.networks.cni.conf
+        known: dict[str, object] = {
+            "conf_dir": str(conf.conf_dir),
+            "bin_dirs": [str(folder) for folder in conf.bin_dirs],
+        }
+        try:
+            network = conf.current()
+            known |= {"file": network.source, "name": network.name, "cni_version": network.version}
+            known["plugins"] = [plugin.type for plugin in network.plugins]
+        except NetworkError as exc:
+            known["error"] = str(exc)
+        return json.dumps(known)
+
     async def runtime_config(self, message: cri.RuntimeConfigRequest) -> cri.RuntimeConfigResponse:
         driver = self._config.cgroup_driver
         if driver == "auto":  # sd_booted(3)
@@ -88,7 +102,10 @@ class RuntimeService(cri.RuntimeServiceBase):
     async def update_runtime_config(
         self, message: cri.UpdateRuntimeConfigRequest
     ) -> cri.UpdateRuntimeConfigResponse:
-        """The pod CIDR: of no use to pods with loopback only, and the kubelet wants OK."""
+        """The pod CIDR, for a node whose conflist is made of a template."""
+        runtime = message.runtime_config
+        if runtime is not None and runtime.network_config is not None:
+            await self._ports.networks.use_pod_cidr(runtime.network_config.pod_cidr)
         return cri.UpdateRuntimeConfigResponse()
 
     # -- sandboxes ----------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""Runs one short program: input and bounded output in memory, a deadline, its whole session killed at the end."""
+"""Runs one short program: input and bounded output in memory, a deadline, its whole session killed at the end.
+
+Not asyncio's own subprocess: its wait() lasts until everybody has closed the pipes (before Python 3.13), so one
+grandchild that lives on would hold up a pod.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,20 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Mapping, Sequence
+import subprocess
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from hyperpod.errors import NetworkError
 
 MAX_STDOUT = 1 << 20
 STDERR_TAIL = 4096
-DRAIN = 1.0
+DRAIN = 0.5
 """Seconds for the rest of the output after the program's end: a grandchild may hold the pipes."""
+
+REAP = 5.0
+"""Seconds for a killed program to be gone."""
 
 
 @dataclass(frozen=True)
@@ -30,50 +39,88 @@ async def run(
     argv: Sequence[str], *, what: str, stdin: bytes, env: Mapping[str, str], timeout: float
 ) -> Finished:
     """Run to the end. Raises NetworkError that names `what`: missing, too slow, or too much output."""
+    loop = asyncio.get_running_loop()
+    async with _output() as (out_end, out_reader), _output() as (err_end, err_reader):
+        process = _start(argv, what, stdin, env, out=out_end, err=err_end)
+        out, err = bytearray(), bytearray()
+        reading = loop.create_task(_collect(out_reader, out), name=f"{what}/stdout")
+        tailing = loop.create_task(_tail(err_reader, err), name=f"{what}/stderr")
+        try:
+            with _end_of(process.pid) as ended:
+                try:
+                    async with asyncio.timeout(timeout):
+                        await asyncio.wait([ended, reading], return_when=asyncio.FIRST_COMPLETED)
+                        if len(out) <= MAX_STDOUT:
+                            await asyncio.shield(ended)
+                            await asyncio.wait([reading, tailing], timeout=DRAIN)
+                except TimeoutError as exc:
+                    raise NetworkError(f"{what} did not end within {timeout:g} s; it was killed") from exc
+                finally:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    await asyncio.wait([ended], timeout=REAP)
+                    process.poll()
+        finally:
+            reading.cancel()
+            tailing.cancel()
+            await asyncio.gather(reading, tailing, return_exceptions=True)
+    if len(out) > MAX_STDOUT:
+        raise NetworkError(f"{what} printed more than {MAX_STDOUT} bytes; it was killed")
+    return Finished(process.returncode, bytes(out), bytes(err))
+
+
+def _start(
+    argv: Sequence[str], what: str, stdin: bytes, env: Mapping[str, str], *, out: int, err: int
+) -> subprocess.Popen[bytes]:
+    """Its input is a file, so nobody has to feed it. The ends of the pipes are closed here."""
+    source = os.memfd_create("stdin", os.MFD_CLOEXEC)
     try:
-        process = await asyncio.create_subprocess_exec(
-            *argv,
-            env=dict(env),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
+        with os.fdopen(os.dup(source), "wb") as file:
+            file.write(stdin)
+        os.lseek(source, 0, os.SEEK_SET)
+        return subprocess.Popen(
+            argv, env=dict(env), stdin=source, stdout=out, stderr=err, start_new_session=True
         )
     except OSError as exc:
         raise NetworkError(f"{what}: cannot run {argv[0]}: {exc.strerror}") from exc
-    assert process.stdin and process.stdout and process.stderr
-    loop = asyncio.get_running_loop()
-    out, err = bytearray(), bytearray()
-    ended = loop.create_task(process.wait(), name=f"{what}/wait")
-    reading = loop.create_task(_collect(process.stdout, out), name=f"{what}/stdout")
-    tailing = loop.create_task(_tail(process.stderr, err), name=f"{what}/stderr")
-    try:
-        async with asyncio.timeout(timeout):
-            await _feed(process.stdin, stdin)
-            await asyncio.wait([ended, reading], return_when=asyncio.FIRST_COMPLETED)
-            if len(out) > MAX_STDOUT:
-                raise NetworkError(f"{what} printed more than {MAX_STDOUT} bytes; it was killed")
-            code = await ended
-        await asyncio.wait([reading, tailing], timeout=DRAIN)
-    except TimeoutError as exc:
-        raise NetworkError(f"{what} did not end within {timeout:g} s; it was killed") from exc
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        for task in (reading, tailing):
-            task.cancel()
-        await asyncio.gather(reading, tailing, process.wait(), return_exceptions=True)
-        # A grandchild in a session of its own may hold the pipes: our ends are closed all the same.
-        process._transport.close()  # type: ignore[attr-defined]
-    return Finished(code, bytes(out[:MAX_STDOUT]), bytes(err))
+        for fd in (source, out, err):
+            os.close(fd)
 
 
-async def _feed(stream: asyncio.StreamWriter, data: bytes) -> None:
-    """A program that does not read its input is none the worse for it."""
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        stream.write(data)
-        await stream.drain()
-    stream.close()
+@asynccontextmanager
+async def _output() -> AsyncIterator[tuple[int, asyncio.StreamReader]]:
+    """The writing end, for the child, which `_start` closes; and a reader."""
+    loop = asyncio.get_running_loop()
+    ours, theirs = os.pipe()
+    reader = asyncio.StreamReader()
+    transport, _ = await loop.connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(ours, "rb", buffering=0)
+    )
+    try:
+        yield theirs, reader
+    finally:
+        transport.close()
+
+
+@contextlib.contextmanager
+def _end_of(pid: int) -> Iterator[asyncio.Future[None]]:
+    """Done when the process has ended; it is for the caller to reap."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+    fd = os.pidfd_open(pid)
+
+    def on_end() -> None:
+        loop.remove_reader(fd)
+        if not ended.done():
+            ended.set_result(None)
+
+    loop.add_reader(fd, on_end)
+    try:
+        yield ended
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
 
 
 async def _collect(stream: asyncio.StreamReader, into: bytearray) -> None:

@@ -21,11 +21,13 @@ from hyperpod.logs import printable
 from hyperpod.model.base import now_ns
 from hyperpod.model.network import PodNetwork
 from hyperpod.model.sandbox import SandboxConfig
+from hyperpod.network import hostdns
 from hyperpod.sandbox.cgroup import SandboxCgroups, qemu_pid
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.sandbox.network import PodNetworks
 from hyperpod.sandbox.phases import Phases
 from hyperpod.shimclient.client import ShimClient
+from hyperpod.spec import podfiles
 from hyperpod.spec.cgroup import sandbox_folder
 from hyperpod.spec.domain import DomainSpec, Nic
 from hyperpod.supervisor.client import SupervisorClient
@@ -196,12 +198,15 @@ class VmBuilder:
             if not connect.done():
                 raise BootError("kernel+agent", f"the VM ended: {sandbox.gone_detail or 'no reason given'}")
             client = await connect
+            name = hostname(sandbox.record.config)
             return await client.hello(
                 host_time_ns=now_ns(),
                 entropy=os.urandom(64),
-                hostname=hostname(sandbox.record.config),
+                hostname=name,
                 sysctls={**DEFAULT_SYSCTLS, **sandbox.record.config.sysctls},
                 interfaces=network.interfaces,
+                resolv_conf=podfiles.resolv_conf(sandbox.record.config.dns, hostdns.host_resolv_conf()),
+                hosts=podfiles.hosts(name, network.addresses),
             )
         finally:
             for task in (connect, gone):

@@ -19,14 +19,17 @@ from hyperpod.config import NetworkConfig
 from hyperpod.errors import NetworkError
 from hyperpod.model.network import Attachment, CniResult, PodNetwork
 from hyperpod.model.sandbox import SandboxRecord
-from hyperpod.network import links, tap
+from hyperpod.network import links, ports, tap
 from hyperpod.network.cni import Cni
 from hyperpod.network.confdir import ConfDir
 from hyperpod.network.netns import Namespaces
-from hyperpod.spec import podnet
+from hyperpod.spec import cnitemplate, podnet
 from hyperpod.store.records import write_atomic
 
 log = logging.getLogger(__name__)
+
+FILLED = "10-hyperpod-net.conflist"
+"""Made of the template, in the folder of the conflists."""
 
 
 class PodNetworks:
@@ -35,7 +38,7 @@ class PodNetworks:
     def __init__(self, config: NetworkConfig, run_dir: Path, folder: Callable[[str], Path]) -> None:
         self.cni = Cni(ConfDir(config.conf_dir, config.bin_dirs), config.plugin_timeout)
         self.namespaces = Namespaces(run_dir)
-        self._folder = folder
+        self._config, self._folder = config, folder
 
     def _file(self, sandbox_id: str) -> Path:
         return self._folder(sandbox_id) / "network.json"
@@ -43,6 +46,7 @@ class PodNetworks:
     async def attach(self, record: SandboxRecord) -> PodNetwork:
         """Make the namespace and let the plugins fill it. A failure leaves things: call `detach` then."""
         network = self.cni.conf.current()
+        ports.need_free(podnet.host_ports(record.config))
         runtime = podnet.runtime(record.config)
         for capability in ("portMappings", "bandwidth"):
             if capability in runtime and not network.has(capability):
@@ -89,6 +93,25 @@ class PodNetworks:
             failpoints.passing("sandbox.unplugged")
         await self.namespaces.remove(sandbox_id)
         await asyncio.to_thread(self._file(sandbox_id).unlink, missing_ok=True)
+
+    async def use_pod_cidr(self, pod_cidr: str) -> None:
+        """Fill the template with the node's networks, unless another add-on's network is ready.
+
+        Raises InvalidArgument for what is no network, NetworkError for a template that cannot be used."""
+        cidrs, template = cnitemplate.networks(pod_cidr), self._config.conf_template
+        if template is None or not cidrs:
+            return
+        target = self._config.conf_dir / FILLED
+        with contextlib.suppress(NetworkError):
+            if (other := self.cni.conf.current().source) != str(target):
+                log.info("%s is in use: the pod networks %s go into no conflist", other, pod_cidr)
+                return
+        try:
+            text = cnitemplate.fill(str(template), template.read_text(), cidrs)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            await asyncio.to_thread(write_atomic, target, text.encode(), 0o644)
+        except (OSError, UnicodeDecodeError) as exc:
+            raise NetworkError(f"network.conf_template {template}: {exc}") from exc
 
     async def check(self, sandbox_id: str) -> None:
         """CHECK of a running pod. Raises NetworkError that says what is not as it was made."""

@@ -86,6 +86,7 @@ async def test_a_host_reboot(own_daemon: Daemon) -> None:
     record.write_text(record.read_text().replace(boot_id, "0" * len(boot_id)))
     import shutil
 
+    own_daemon.unmount_namespaces()
     shutil.rmtree(own_daemon.run_dir)
     own_daemon.start()
     async with own_daemon.client() as client:

@@ -1,0 +1,43 @@
+"""Files that all containers of a pod share: /etc/resolv.conf, /etc/hosts, /etc/hostname.
+
+They lie on a small tmpfs of their own: a container may write to them, and must not fill the agent's with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+from hyperpod.agent import linux
+from hyperpod.agent.layout import Layout
+
+SIZE = 1 << 20
+NAMES = ("resolv.conf", "hosts", "hostname")
+
+
+def write(layout: Layout, resolv_conf: str, hosts: str, hostname: str) -> None:
+    """Once per pod, before its first container. An empty text makes no file."""
+    if not os.path.ismount(layout.pod_files):
+        os.makedirs(layout.pod_files, exist_ok=True)
+        safe = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
+        linux.mount("tmpfs", layout.pod_files, "tmpfs", safe, f"mode=755,size={SIZE}")
+    for name, text in zip(NAMES, (resolv_conf, hosts, hostname and f"{hostname}\n"), strict=True):
+        if text:
+            with open(f"{layout.pod_files}/{name}", "w") as file:
+                file.write(text)
+
+
+def add_mounts(layout: Layout, spec: dict[str, Any]) -> None:
+    """Bind them into a container, read-only when its root is; what the request mounts at a place wins."""
+    taken = {os.path.normpath(mount["destination"]) for mount in spec["mounts"]}
+    access = "ro" if spec["root"].get("readonly") else "rw"
+    for name in NAMES:
+        source, target = f"{layout.pod_files}/{name}", f"/etc/{name}"
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(source)
+            if target not in taken:
+                options = ["bind", "rprivate", access, "nosuid", "nodev", "noexec"]
+                spec["mounts"].append(
+                    {"destination": target, "type": "bind", "source": source, "options": options}
+                )

@@ -1,0 +1,28 @@
+"""The host's resolv.conf as a pod can use it."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from hyperpod.spec.podfiles import only_loopback
+
+RESOLV_CONF = Path("/etc/resolv.conf")
+SYSTEMD = Path("/run/systemd/resolve/resolv.conf")
+"""The servers behind systemd-resolved's stub on 127.0.0.53, which no pod reaches."""
+
+LIMIT = 64 * 1024
+
+
+def host_resolv_conf(path: Path = RESOLV_CONF, behind_stub: Path = SYSTEMD) -> str:
+    """Empty when the host has none."""
+    text = _read(path)
+    if only_loopback(text):
+        return _read(behind_stub) or text
+    return text
+
+
+def _read(path: Path) -> str:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return file.read(LIMIT).decode(errors="replace")
+    return ""
