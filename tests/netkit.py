@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,21 @@ class Network:
         """Leases, interfaces on the bridge, and rules of this network's pods."""
         left = [str(p) for p in self.leases.glob("*/*") if p.name[0].isdigit() or ":" in p.name]
         left = [p for p in left if not Path(p).name.startswith("last_reserved_ip") and Path(p).name != "lock"]
-        ports = Path(f"/sys/class/net/{self.bridge}/brif")
-        left += [f"bridge port {p.name}" for p in ports.iterdir()] if ports.exists() else []
+        deadline = (
+            time.monotonic() + 5
+        )  # the kernel ends a namespace, and what is in it, some time after its last user
+        while (ports := self.ports()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        left += [f"bridge port {name}" for name in ports]
         for program in ("iptables-save", "ip6tables-save"):
             rules = subprocess.run([program], capture_output=True, text=True, check=True).stdout
             left += [f"{program}: {line}" for line in rules.splitlines() if self.name in line]
         return left
+
+    def ports(self) -> list[str]:
+        """The host's ends of the pods' links."""
+        folder = Path(f"/sys/class/net/{self.bridge}/brif")
+        return [path.name for path in folder.iterdir()] if folder.exists() else []
 
     def destroy(self) -> None:
         subprocess.run(["ip", "link", "delete", self.bridge], capture_output=True, check=False)

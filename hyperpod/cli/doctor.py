@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 
 from hyperpod.daemon_args import config_of
-from hyperpod.errors import HyperpodError
+from hyperpod.errors import HyperpodError, NetworkError
 from hyperpod.hypervisor.doctor import checks
+from hyperpod.network.confdir import ConfDir
 from hyperpod.sandbox import artifacts
 
 
@@ -28,4 +29,9 @@ def main(args: argparse.Namespace) -> int:
         except HyperpodError as exc:
             missing += 1
             print(f"MISSING {what}: {exc}")
+    try:
+        network = ConfDir(config.network.conf_dir, config.network.bin_dirs).current()
+        print(f"ok      pods' network: {network.name} ({network.source})")
+    except NetworkError as exc:  # not missing for good: add-ons bring it once the node is up
+        print(f"MISSING pods' network: {exc}")
     return 1 if missing else 0

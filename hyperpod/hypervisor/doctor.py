@@ -16,6 +16,8 @@ PROGRAMS = {
     "skopeo": "skopeo",
     "sqfstar": "squashfs-tools",
     "mkfs.ext4": "e2fsprogs",
+    "tc": "iproute2",
+    "nsenter": "util-linux",
 }
 """Program to Debian package."""
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 NLMSG_ERROR, NLMSG_DONE = 2, 3
-RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
+RTM_NEWLINK, RTM_GETLINK = 16, 18
 RTM_NEWADDR, RTM_GETADDR = 20, 22
 RTM_NEWROUTE, RTM_GETROUTE = 24, 26
 RTM_NEWNEIGH, RTM_GETNEIGH = 28, 30
@@ -146,10 +146,6 @@ def set_link(
     if namespace is not None:
         body += _u32(IFLA_NET_NS_FD, namespace)
     return message(RTM_NEWLINK, NLM_F_REQUEST | NLM_F_ACK, seq, body)
-
-
-def delete_link(seq: int, index: int) -> bytes:
-    return message(RTM_DELLINK, NLM_F_REQUEST | NLM_F_ACK, seq, _LINK.pack(AF_UNSPEC, 0, index, 0, 0))
 
 
 def new_address(seq: int, address: Address) -> bytes:

@@ -365,3 +365,16 @@ def test_the_host_s_resolv_conf(tmp_path: Path) -> None:
     assert host_resolv_conf(path, behind) == "nameserver 10.0.0.1\n"
     path.write_text("nameserver 10.9.9.9\n")
     assert host_resolv_conf(path, behind) == "nameserver 10.9.9.9\n"
+
+
+async def shell(path: Path, script: str) -> str:
+    """A shell inside a namespace; gives its output."""
+    done = await run(
+        ["nsenter", f"--net={path}", "sh", "-ec", script],
+        what=script,
+        stdin=b"",
+        env=dict(os.environ),
+        timeout=20,
+    )
+    assert done.code == 0, done.stderr
+    return done.stdout.decode()

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hyperpod.agent import podfiles
 from hyperpod.agent.containers import check_id, parse_object
 from hyperpod.agent.crun import failure
 from hyperpod.agent.events import KEPT, EventLog, Status
 from hyperpod.agent.layers import serial_in
+from hyperpod.agent.layout import Layout
 from hyperpod.agent.reaper import exit_code
 from hyperpod.agent.rootfs import remove_tree
 from hyperpod.agentclient.channel import BoundedCodec
@@ -124,3 +127,20 @@ def test_the_codec_raises_nothing_else(data: bytes) -> None:
 def test_a_flood_of_empty_items_is_refused_before_it_is_decoded() -> None:
     with pytest.raises(ProtocolError, match="more than"):
         BoundedCodec().decode(b"\x0a\x00" * 32768, v1.ListContainersResponse)
+
+
+def test_pod_files_are_bound_unless_the_request_mounts_there(tmp_path: Path) -> None:
+    layout = Layout(root=str(tmp_path), scratch=str(tmp_path), cgroup="/x", guest=True)
+    (tmp_path / "e").mkdir()
+    for name in ("hosts", "resolv.conf"):
+        (tmp_path / "e" / name).write_text("x")
+    spec: dict[str, Any] = {
+        "root": {"readonly": True},
+        "mounts": [{"destination": "/etc/hosts/", "source": "/kubelet"}],
+    }
+    podfiles.add_mounts(layout, spec)
+    assert [(m["destination"], m["source"]) for m in spec["mounts"]] == [
+        ("/etc/hosts/", "/kubelet"),
+        ("/etc/resolv.conf", f"{tmp_path}/e/resolv.conf"),
+    ]
+    assert "ro" in spec["mounts"][1]["options"]

@@ -77,7 +77,7 @@ def test_the_kernel_s_errors() -> None:
 
 
 def test_several_messages_of_one_read() -> None:
-    both = rt.set_link(1, 1, up=True) + rt.delete_link(2, 9)
+    both = rt.set_link(1, 1, up=True) + rt.set_link(2, 9, mtu=9)
     assert [message.seq for message in rt.messages(both)] == [1, 2]
     with pytest.raises(rt.NetlinkFormatError):
         list(rt.messages(both[:-1]))
