@@ -14,7 +14,6 @@ from hyperpod.errors import InvalidArgument
 from hyperpod.model.container import Capabilities, ContainerConfig, ContainerMetadata
 from hyperpod.model.images import RegistryAuth
 from hyperpod.model.sandbox import DnsConfig, PortMapping, SandboxConfig, SandboxMetadata
-<<<<<<< HEAD
 from hyperpod.model.security import (
     Device,
     LinuxResources,
@@ -23,11 +22,7 @@ from hyperpod.model.security import (
     SeccompKind,
     SeccompProfile,
 )
-from hyperpod.spec import limits
-=======
-from hyperpod.model.security import LinuxResources, NamespaceMode, NamespaceOptions, SeccompKind
-from hyperpod.spec import podnet
->>>>>>> 9c345c9 (DNS, hosts and hostname files, sysctls, host ports, bandwidth, a conflist from the node's pod networks; tests of plugins that fail)
+from hyperpod.spec import limits, podnet
 from hyperpod.spec.cgroup import parent_folder
 
 MAX_NAME = 1024
@@ -287,13 +282,8 @@ def sandbox_config(config: cri.PodSandboxConfig | None) -> SandboxConfig:
         run_as_group=_id(f"{context}.run_as_group", security.run_as_group),
         readonly_rootfs=security.readonly_rootfs,
         supplemental_groups=_ids(f"{context}.supplemental_groups", security.supplemental_groups),
-<<<<<<< HEAD
         privileged=security.privileged,
-        sysctls=_map("config.linux.sysctls", linux.sysctls),
-=======
-        seccomp=_seccomp(security.seccomp),
         sysctls=_sysctls("config.linux.sysctls", linux.sysctls),
->>>>>>> 9c345c9 (DNS, hosts and hostname files, sysctls, host ports, bandwidth, a conflist from the node's pod networks; tests of plugins that fail)
         resources=resources("config.linux.resources", linux.resources),
         overhead=resources("config.linux.overhead", linux.overhead),
     )

@@ -12,11 +12,7 @@ from pathlib import Path
 from hyperpod import failpoints
 from hyperpod.agentclient.types import ContainerInfo
 from hyperpod.config import Config
-<<<<<<< HEAD
-from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, InvalidArgument
-=======
-from hyperpod.errors import AlreadyExists, HyperpodError, InvalidArgument, NetworkError
->>>>>>> 9c345c9 (DNS, hosts and hostname files, sysctls, host ports, bandwidth, a conflist from the node's pod networks; tests of plugins that fail)
+from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, InvalidArgument, NetworkError
 from hyperpod.hypervisor.base import DomainEvent
 from hyperpod.model.base import now_ns
 from hyperpod.model.sandbox import (
@@ -28,12 +24,8 @@ from hyperpod.model.sandbox import (
     SandboxStatus,
     VmSize,
 )
-<<<<<<< HEAD
 from hyperpod.model.security import LinuxResources, NamespaceMode
-=======
-from hyperpod.model.security import NamespaceMode
 from hyperpod.network import ports
->>>>>>> 9c345c9 (DNS, hosts and hostname files, sysctls, host ports, bandwidth, a conflist from the node's pod networks; tests of plugins that fail)
 from hyperpod.sandbox import artifacts
 from hyperpod.sandbox.boot import VmBuilder
 from hyperpod.sandbox.disks import LayerDisks
