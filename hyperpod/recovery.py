@@ -36,7 +36,7 @@ class Recovery:
         self._strays: set[str] = set()
 
     async def run(self) -> None:
-        records, _ = await self.sandboxes.store.load()
+        records, aside = await self.sandboxes.store.load()
         container_records, _ = await self.containers.store.load()
         live = [self.sandboxes.adopt(record, status) for record, status in records.values()]
         for container, container_status in container_records.values():
@@ -49,6 +49,7 @@ class Recovery:
                 await self._recover(sandbox, running)
 
         await asyncio.gather(*(one(sandbox) for sandbox in live))
+        await self._leave_networks(aside)
         await self._sweep(live)
         if live or container_records:
             log.info(
@@ -84,6 +85,14 @@ class Recovery:
                 await self.sandboxes.stop(sandbox.id)
             except (HyperpodError, OSError) as stop_exc:
                 log.error("sandbox %s cannot be stopped either: %s", sandbox.short, stop_exc)
+
+    async def _leave_networks(self, aside: list[str]) -> None:
+        """Sandboxes whose record cannot be read: their VMs are gone, their addresses are given back."""
+        for ident in aside:
+            try:
+                await self.sandboxes.builder.networks.detach(ident, self.sandboxes.store.aside(ident))
+            except HyperpodError as exc:
+                log.error("sandbox %s, set aside: %s", ident[:12], exc)
 
     async def _sweep(self, live: list[LiveSandbox]) -> None:
         """Shims, folders and cgroups of sandboxes that nobody knows."""

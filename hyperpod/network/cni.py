@@ -56,8 +56,11 @@ class Cni:
             done = await self._call(
                 "ADD", network, plugin, _variables(attachment), previous=previous, runtime=runtime
             )
-            previous = decode(_name("ADD", network, plugin), done.stdout)
-            parse_result(_name("ADD", network, plugin), previous)
+            what = _name("ADD", network, plugin)
+            if not done.stdout.strip():
+                raise NetworkError(f"{what} printed no result")
+            previous = decode(what, done.stdout)
+            parse_result(what, previous)
         assert previous is not None, "a conflist has a plugin"
         result = parse_result(network.source, previous)
         return attachment.model_copy(update={"result": json.dumps(previous)}), result
@@ -100,7 +103,8 @@ class Cni:
     ) -> Finished:
         what = _name(command, network, plugin)
         done = await run(
-            [self.conf.program(plugin.type, network.source)],
+            # A daemon that is killed takes its plugin along: the next one's DEL must not meet a running ADD.
+            ["setpriv", "--pdeathsig", "KILL", self.conf.program(plugin.type, network.source)],
             what=what,
             stdin=plugin_input(network, plugin, previous, runtime or {}),
             env=self._environment() | {"CNI_COMMAND": command, **variables},

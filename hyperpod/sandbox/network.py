@@ -28,6 +28,7 @@ from hyperpod.store.records import write_atomic
 
 log = logging.getLogger(__name__)
 
+FILE = "network.json"
 FILLED = "10-hyperpod-net.conflist"
 """Made of the template, in the folder of the conflists."""
 
@@ -39,9 +40,6 @@ class PodNetworks:
         self.cni = Cni(ConfDir(config.conf_dir, config.bin_dirs), config.plugin_timeout)
         self.namespaces = Namespaces(run_dir)
         self._config, self._folder = config, folder
-
-    def _file(self, sandbox_id: str) -> Path:
-        return self._folder(sandbox_id) / "network.json"
 
     async def attach(self, record: SandboxRecord) -> PodNetwork:
         """Make the namespace and let the plugins fill it. A failure leaves things: call `detach` then."""
@@ -81,10 +79,12 @@ class PodNetworks:
         await tap.connect(self.namespaces, path, network.interfaces)
         failpoints.passing("sandbox.tap")
 
-    async def detach(self, sandbox_id: str) -> None:
-        """Undo all of it; safe to repeat, and fine when nothing is there. Raises NetworkError when DEL fails:
-        then everything is kept for the next try."""
-        if (attachment := await asyncio.to_thread(self._read, sandbox_id)) is not None:
+    async def detach(self, sandbox_id: str, folder: Path | None = None) -> None:
+        """Undo all of it; safe to repeat, and fine when nothing is there. `folder`: of a record that was moved.
+
+        Raises NetworkError when DEL fails: then everything is kept for the next try."""
+        file = (folder or self._folder(sandbox_id)) / FILE
+        if (attachment := await asyncio.to_thread(_read, file)) is not None:
             alive = self.namespaces.alive(attachment.netns)
             try:
                 await self.cni.delete(attachment, netns=attachment.netns if alive else "")
@@ -92,7 +92,7 @@ class PodNetworks:
                 raise NetworkError(f"the pod's network cannot be removed, stop the pod again: {exc}") from exc
             failpoints.passing("sandbox.unplugged")
         await self.namespaces.remove(sandbox_id)
-        await asyncio.to_thread(self._file(sandbox_id).unlink, missing_ok=True)
+        await asyncio.to_thread(file.unlink, missing_ok=True)
 
     async def use_pod_cidr(self, pod_cidr: str) -> None:
         """Fill the template with the node's networks, unless another add-on's network is ready.
@@ -115,7 +115,7 @@ class PodNetworks:
 
     async def check(self, sandbox_id: str) -> None:
         """CHECK of a running pod. Raises NetworkError that says what is not as it was made."""
-        if (attachment := await asyncio.to_thread(self._read, sandbox_id)) is not None:
+        if (attachment := await asyncio.to_thread(_read, self._folder(sandbox_id) / FILE)) is not None:
             await self.cni.check(attachment)
 
     async def sweep(self, known: Iterable[str]) -> None:
@@ -128,16 +128,16 @@ class PodNetworks:
 
     async def _write(self, sandbox_id: str, attachment: Attachment) -> None:
         data = attachment.model_dump_json().encode()
-        await asyncio.to_thread(write_atomic, self._file(sandbox_id), data)
+        await asyncio.to_thread(write_atomic, self._folder(sandbox_id) / FILE, data)
 
-    def _read(self, sandbox_id: str) -> Attachment | None:
-        path = self._file(sandbox_id)
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                return Attachment.model_validate_json(path.read_bytes())
-            except ValidationError as exc:
-                log.error("%s is damaged, so no plugin can be told to clean up: %s", path, exc)
-        return None
+
+def _read(path: Path) -> Attachment | None:
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            return Attachment.model_validate_json(path.read_bytes())
+        except ValidationError as exc:
+            log.error("%s is damaged, so no plugin can be told to clean up: %s", path, exc)
+    return None
 
 
 def _addresses(result: CniResult, ifname: str) -> tuple[str, ...]:

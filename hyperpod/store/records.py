@@ -65,6 +65,10 @@ class RecordStore(Generic[R, S]):
         """The folder of one object; other small files of the object may live there too."""
         return self.root / ident
 
+    def aside(self, ident: str) -> Path:
+        """Where the folder of an object went whose record was not readable."""
+        return self._aside / ident
+
     async def create(self, ident: str, record: R, status: S) -> None:
         """Write a new object; the record comes last, so a folder without one was never announced."""
 
@@ -110,7 +114,7 @@ class RecordStore(Generic[R, S]):
                 found[folder.name] = (record, status)
             except (OSError, ValidationError, json.JSONDecodeError) as exc:
                 self._aside.mkdir(parents=True, exist_ok=True, mode=0o700)
-                target = self._aside / folder.name
+                target = self.aside(folder.name)
                 shutil.rmtree(target, ignore_errors=True)
                 folder.rename(target)
                 aside.append(folder.name)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ from hyperpod.network.process import MAX_STDOUT, run
 from hyperpod.sandbox.network import PodNetworks
 from tests.netkit import Network
 
+ROOT = Path(__file__).parent.parent.parent
 PLUGINS = Path("/usr/lib/cni")
 POD = "ab" * 32
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="namespaces are root's")
@@ -105,7 +108,7 @@ async def test_an_error_inside_comes_out(namespaces: Namespaces) -> None:
 
 
 async def test_add_and_delete_with_debian_s_plugins(network: Network, namespaces: Namespaces) -> None:
-    cni, before = caller(network), host_links()
+    cni = caller(network)
     path = await namespaces.make(POD)
     runtime = {
         "portMappings": [{"hostPort": 31999, "containerPort": 80, "protocol": "tcp"}],
@@ -129,7 +132,9 @@ async def test_add_and_delete_with_debian_s_plugins(network: Network, namespaces
     await cni.delete(done, netns="")
     await namespaces.remove(POD)
     assert network.leftovers() == []
-    assert host_links() - before <= {network.bridge, "ifb0", "ifb1"}
+    made = {x.name for x in result.interfaces if not x.sandbox}
+    assert len(made) == 3, "bridge, the link's end, and bandwidth's own"
+    assert made & host_links() == {network.bridge}
 
 
 async def test_delete_after_the_namespace_is_gone_frees_the_address(
@@ -213,7 +218,7 @@ def plugin(folder: Path, name: str, script: str) -> None:
         ("exit 3", r"failed with exit code 3"),
         ("kill -9 $$", r"was killed by signal 9"),
         ("echo nonsense", r"not JSON"),
-        ("", r"not JSON"),
+        ("", r"printed no result"),
         ("echo '[]'", r"not a JSON object"),
         ('echo \'{"ips":[{"address":"x"}]}\'', r"address 0 is 'x'"),
         ("exec yes", r"printed more than 1048576 bytes"),
@@ -249,6 +254,27 @@ async def test_a_grandchild_that_keeps_the_pipes_does_not_hold_us_up() -> None:
     assert done.stdout.decode().strip() == RESULT
     assert time.monotonic() - start < 2.9
     assert len(done.stdout) < MAX_STDOUT
+
+
+async def test_a_plugin_ends_with_the_daemon_that_called_it(network: Network, tmp_path: Path) -> None:
+    plugin(tmp_path / "bin", "slow", f"touch {tmp_path}/began; exec sleep 30.125")
+    network.write({"type": "slow"})
+    script = (
+        "import asyncio, sys; from tests.component.test_cni import *; from tests.netkit import *\n"
+        f"conf = ConfDir(Path({str(network.conf_dir)!r}), [Path({str(tmp_path / 'bin')!r})])\n"
+        f"one = Attachment.model_validate_json({attachment(network, tmp_path).model_dump_json()!r})\n"
+        "asyncio.run(Cni(conf, 60).add(one))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) as daemon:
+        while not (tmp_path / "began").exists():
+            assert daemon.poll() is None
+            await asyncio.sleep(0.02)
+        daemon.kill()
+    for _ in range(100):
+        if not any("sleep\x0030.125" in line for line in commands()):
+            break
+        await asyncio.sleep(0.02)
+    assert not any("sleep\x0030.125" in line for line in commands())
 
 
 async def test_the_order_of_calls_and_what_each_is_given(network: Network, tmp_path: Path) -> None:
