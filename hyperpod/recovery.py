@@ -81,10 +81,8 @@ class Recovery:
             log.error("sandbox %s could not be recovered, stopping it: %s", sandbox.short, exc or "timeout")
             sandbox.gone_detail = f"it could not be recovered: {exc or 'timeout'}"
             sandbox.gone.set()
-            try:
-                await self.sandboxes.stop(sandbox.id)
-            except (HyperpodError, OSError) as stop_exc:
-                log.error("sandbox %s cannot be stopped either: %s", sandbox.short, stop_exc)
+            # Not waited for: a plugin or a VM that does not end must not keep the CRI socket from listening.
+            self.sandboxes.owner.spawn(f"stop/{sandbox.short}", self.sandboxes.stop(sandbox.id))
 
     async def _leave_networks(self, aside: list[str]) -> None:
         """Sandboxes whose record cannot be read: their VMs are gone, their addresses are given back."""

@@ -22,7 +22,8 @@ class ConfDir:
     def __init__(self, conf_dir: Path, bin_dirs: Sequence[Path]) -> None:
         self.conf_dir, self.bin_dirs = conf_dir, tuple(bin_dirs)
         self._signature: tuple[object, ...] | None = None
-        self._found: Conflist | NetworkError = NetworkError("not read yet")
+        self._found: Conflist | str = "not read yet"
+        """Of the file with that signature; text says what is wrong with it."""
 
     def current(self) -> Conflist:
         """The network that new pods join. Raises NetworkError that names the file or folder, and the mend."""
@@ -31,8 +32,8 @@ class ConfDir:
         if signature != self._signature or not files:
             self._found = self._read(files)
             self._signature = signature
-        if isinstance(self._found, NetworkError):
-            raise self._found
+        if isinstance(self._found, str):
+            raise NetworkError(self._found)
         self._need_plugins(self._found)
         return self._found
 
@@ -42,9 +43,9 @@ class ConfDir:
             return [self.conf_dir / name for name in names if name.endswith(SUFFIXES)]
         return []
 
-    def _read(self, files: list[Path]) -> Conflist | NetworkError:
+    def _read(self, files: list[Path]) -> Conflist | str:
         if not files:
-            return NetworkError(
+            return (
                 f"no CNI network: {self.conf_dir} has no file that ends in {', '.join(SUFFIXES)}; "
                 "install a network add-on, or put a conflist there (deploy/ has one)"
             )
@@ -54,11 +55,11 @@ class ConfDir:
                 raw = file.read(MAX_DOCUMENT + 1)
             return parse_conflist(str(path), raw.decode())
         except OSError as exc:
-            return NetworkError(f"{path}: {exc.strerror}")
+            return f"{path}: {exc.strerror}"
         except UnicodeDecodeError:
-            return NetworkError(f"{path}: not UTF-8")
+            return f"{path}: not UTF-8"
         except NetworkError as exc:
-            return NetworkError(f"{exc}; mend or remove this file")
+            return f"{exc}; mend or remove this file"
 
     def _need_plugins(self, network: Conflist) -> None:
         """Looked up each time: an add-on's installer copies its plugins after its configuration."""
