@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import shutil
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,7 @@ class VmBuilder:
         self.config, self.hypervisor, self.supervisor = config, hypervisor, supervisor
         self.scratch, self.networks, self.instance_id = scratch, networks, instance_id
         self.cgroups = SandboxCgroups()
+        self._boots = asyncio.Semaphore(config.vm.max_concurrent_boots or 2 * (os.cpu_count() or 1))
 
     def scratch_path(self, sandbox: LiveSandbox) -> Path:
         return self.config.state_dir / "scratch" / f"{sandbox.id}.raw"
@@ -99,17 +101,28 @@ class VmBuilder:
                 self.make_directory(sandbox)
                 await self.start_shim(sandbox, resume=False)
                 failpoints.passing("sandbox.shim")
-            with phases("domain"):
-                await self.hypervisor.create(self.domain_spec(sandbox, network))
-                await self.place_qemu(sandbox)
-                failpoints.passing("sandbox.domain")
-                await self.networks.plug(record, network)
-            with phases("kernel+agent"):
-                hello = await self.wait_for_agent(sandbox, network)
-                failpoints.passing("sandbox.agent")
+            async with self._turn(phases):
+                with phases("domain"):
+                    await self.hypervisor.create(self.domain_spec(sandbox, network))
+                    await self.place_qemu(sandbox)
+                    failpoints.passing("sandbox.domain")
+                    await self.networks.plug(record, network)
+                with phases("kernel+agent"):
+                    hello = await self.wait_for_agent(sandbox, network)
+                    failpoints.passing("sandbox.agent")
         except BootError as exc:
             raise BootError(exc.phase, exc.cause, exc.console or await self.console(sandbox)) from exc
         return Built(hello, phases, network)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, phases: Phases) -> AsyncIterator[None]:
+        """Wait until few enough others boot: all at once they would be slow together, and some too slow."""
+        with phases("turn"):
+            await self._boots.acquire()
+        try:
+            yield
+        finally:
+            self._boots.release()
 
     def make_directory(self, sandbox: LiveSandbox) -> None:
         """The shim's folder: 0700 and the sandbox user's before any socket is made in it."""

@@ -274,7 +274,7 @@ async def test_a_plugin_that_cannot_clean_up_is_asked_again(own_daemon: Daemon, 
 
 
 async def test_many_pods_at_once_leave_nothing(own_daemon: Daemon) -> None:
-    """20 made together, each with a port of the host, then removed together."""
+    """20 made together, each with a port of the host, then removed together: about 100 s on 2 CPUs, emulated."""
     async with own_daemon.client() as client:
         await client.load_busybox()
         configs = []
