@@ -55,8 +55,9 @@ async def apply(spec: dict[str, Any], wanted: Security) -> tuple[str, ...]:
                 "access": permissions,
             }
         )
-    # crun takes it from the user's entry; for want of one runc says "/", and programs rely on that.
-    return () if found.known else ("HOME=/",)
+    # crun takes HOME from the user's entry; for want of one runc says "/", and programs rely on that.
+    home = () if found.known else ("HOME=/",)
+    return (f"HOSTNAME={os.uname().nodename}", *home)
 
 
 def complete(process: dict[str, Any], lacking: tuple[str, ...]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import platform
 
+from hyperpod.container.seccomp import runtime_default
 from hyperpod.daemon_args import config_of
 from hyperpod.errors import HyperpodError, NetworkError
 from hyperpod.hypervisor.doctor import checks
 from hyperpod.network.confdir import ConfDir
 from hyperpod.sandbox import artifacts
+from hyperpod.spec.profile import Target
 
 
 def main(args: argparse.Namespace) -> int:
@@ -29,6 +32,12 @@ def main(args: argparse.Namespace) -> int:
         except HyperpodError as exc:
             missing += 1
             print(f"MISSING {what}: {exc}")
+    try:
+        runtime_default(config.container.seccomp_profile, Target(frozenset(), platform.machine()))
+        print(f"ok      default seccomp profile: {config.container.seccomp_profile}")
+    except HyperpodError as exc:
+        missing += 1
+        print(f"MISSING {exc}")
     try:
         network = ConfDir(config.network.conf_dir, config.network.bin_dirs).current()
         print(f"ok      pods' network: {network.name} ({network.source})")

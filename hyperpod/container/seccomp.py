@@ -48,34 +48,36 @@ class SeccompProfiles:
         """The OCI seccomp object, None for no filter. `kernel`: release of the guest's.
 
         Raises FailedPrecondition or InvalidArgument that names the file and what is wrong with it."""
-        kind = self.kind(config)
+        kind, asked = self.kind(config), config.capabilities
         if kind is SeccompKind.UNCONFINED:
             return without_host_sockets(ALLOW_ALL) if self._settings.filter_unconfined else None
-        caps = frozenset(
-            of_container(config.capabilities.add, config.capabilities.drop, config.capabilities.add_ambient)
-        )
+        caps = frozenset(of_container(asked.add, asked.drop, asked.add_ambient))
         target = Target(caps, platform.machine(), kernel)
         if kind is SeccompKind.LOCALHOST:
-            try:
-                profile = resolve(await _read(config.seccomp.path), target)
-            except HyperpodError as exc:
-                raise type(exc)(f"seccomp profile {config.seccomp.path[:500]!r}: {exc}") from exc
-            return without_host_sockets(profile)
-        path = str(self._settings.seccomp_profile)
-        try:
-            profile = resolve(await _read(path), target)
-        except HyperpodError as exc:
-            raise FailedPrecondition(
-                f"the default seccomp profile {path!r}: {exc}; "
-                "install golang-github-containers-common, or set container.seccomp_profile"
-            ) from exc
-        # The native ABI only: what runs in another one is killed, and guest kernels of ours have no other.
-        profile.pop("architectures", None)
-        return without_host_sockets(profile)
+            return await asyncio.to_thread(_localhost, Path(config.seccomp.path), target)
+        return await asyncio.to_thread(runtime_default, self._settings.seccomp_profile, target)
 
 
-async def _read(path: str) -> object:
-    return await asyncio.to_thread(_load, Path(path))
+def runtime_default(path: Path, target: Target) -> dict[str, Any]:
+    """Raises FailedPrecondition that says how to mend it."""
+    try:
+        profile = resolve(_load(path), target)
+    except HyperpodError as exc:
+        raise FailedPrecondition(
+            f"the default seccomp profile {str(path)!r}: {exc}; "
+            "install golang-github-containers-common, or set container.seccomp_profile"
+        ) from exc
+    # The native ABI only: what runs in another one is killed, and guest kernels of ours have no other.
+    profile.pop("architectures", None)
+    return without_host_sockets(profile)
+
+
+def _localhost(path: Path, target: Target) -> dict[str, Any]:
+    try:
+        profile = resolve(_load(path), target)
+    except HyperpodError as exc:
+        raise type(exc)(f"seccomp profile {str(path)[:500]!r}: {exc}") from exc
+    return without_host_sockets(profile)
 
 
 def _load(path: Path) -> object:

@@ -75,6 +75,15 @@ async def test_the_user_is_told_and_an_exec_has_it_too(agent: AgentKit) -> None:
     assert {"1001", "50000", "7"} == set(lines[2].split())
 
 
+async def test_variables_that_every_container_has(agent: AgentKit) -> None:
+    show = "echo $HOSTNAME $HOME; test $HOSTNAME = $(hostname) && echo same"
+    named, same = await answer(agent, spec("sh", "-c", show), Security(user="4711"))
+    assert named.endswith(" /")
+    assert same == "same"
+    given = spec("sh", "-c", "echo $HOSTNAME $HOME", env=(b"PATH=/bin", b"HOSTNAME=mine", b"HOME=/tmp"))
+    assert await answer(agent, given, Security(user="4711")) == ["mine /tmp"]
+
+
 async def test_users_that_are_not_there_leave_nothing(agent: AgentKit) -> None:
     for user, text in (
         ("alice", "'alice' is not in the image's /etc/passwd"),
