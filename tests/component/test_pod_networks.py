@@ -1,0 +1,106 @@
+"""A sandbox's network from record to nothing, with Debian's plugins and no VM."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from hyperpod.config import NetworkConfig
+from hyperpod.errors import NetworkError
+from hyperpod.model.network import Attachment
+from hyperpod.model.sandbox import SandboxRecord
+from hyperpod.sandbox.network import FILE, PodNetworks
+from tests.component.test_cni import PLUGINS, plugin
+from tests.netkit import Network
+from tests.unit.test_convert import sandbox
+
+IDENT = "ab" * 32
+
+
+@pytest.fixture
+async def network(tmp_path: Path) -> AsyncIterator[Network]:
+    one = Network(tmp_path)
+    yield one
+    one.destroy()
+
+
+@pytest.fixture
+async def networks(tmp_path: Path, network: Network) -> AsyncIterator[PodNetworks]:
+    config = NetworkConfig(conf_dir=network.conf_dir, bin_dirs=(PLUGINS, tmp_path / "bin"), plugin_timeout=20)
+    (tmp_path / IDENT).mkdir()
+    one = PodNetworks(config, tmp_path / "run", lambda ident: tmp_path / ident)
+    yield one
+    await one.sweep([])
+
+
+@pytest.fixture
+def record() -> SandboxRecord:
+    return sandbox(IDENT).record
+
+
+async def test_attached_and_detached(
+    tmp_path: Path, network: Network, networks: PodNetworks, record: SandboxRecord
+) -> None:
+    found = await networks.attach(record)
+    assert found.addresses == (f"{network.v4}.2", f"{network.v6}:2")
+    written = Attachment.model_validate_json((tmp_path / IDENT / FILE).read_bytes())
+    assert written.conflist == network.file.read_text() and written.result
+    assert "K8S_POD_NAME=web" in written.args
+    for _ in range(2):
+        await networks.detach(IDENT)
+        assert network.leftovers() == [] and networks.namespaces.known() == []
+        assert not (tmp_path / IDENT / FILE).exists()
+
+
+async def test_an_add_of_which_the_result_is_not_known_is_undone(
+    tmp_path: Path, network: Network, networks: PodNetworks, record: SandboxRecord
+) -> None:
+    await networks.attach(record)
+    file = tmp_path / IDENT / FILE
+    written = Attachment.model_validate_json(file.read_bytes())
+    file.write_text(written.model_copy(update={"result": ""}).model_dump_json())
+    await networks.detach(IDENT)
+    assert network.leftovers() == []
+
+
+async def test_a_record_that_was_set_aside(
+    tmp_path: Path, network: Network, networks: PodNetworks, record: SandboxRecord
+) -> None:
+    await networks.attach(record)
+    shutil.move(tmp_path / IDENT, tmp_path / "aside")
+    await networks.detach(IDENT, tmp_path / "aside")
+    assert network.leftovers() == [] and networks.namespaces.known() == []
+
+
+async def test_a_damaged_file_keeps_nobody_from_stopping(
+    tmp_path: Path, networks: PodNetworks, record: SandboxRecord, caplog: pytest.LogCaptureFixture
+) -> None:
+    await networks.attach(record)
+    (tmp_path / IDENT / FILE).write_text("{")
+    await networks.detach(IDENT)
+    assert networks.namespaces.known() == []
+    assert f"{FILE} is damaged" in caplog.text
+
+
+async def test_no_address_is_an_error(
+    tmp_path: Path, network: Network, networks: PodNetworks, record: SandboxRecord
+) -> None:
+    plugin(tmp_path / "bin", "none", "echo '{}'")
+    network.write({"type": "none"})
+    with pytest.raises(NetworkError, match=r"gave eth0 no address"):
+        await networks.attach(record)
+    await networks.detach(IDENT)
+    assert networks.namespaces.known() == []
+
+
+async def test_capabilities_that_nobody_has_are_logged(
+    tmp_path: Path, network: Network, networks: PodNetworks, caplog: pytest.LogCaptureFixture
+) -> None:
+    network.write(network.bridge_plugin())
+    limited = sandbox(IDENT, annotations={"kubernetes.io/ingress-bandwidth": "1M"}).record
+    await networks.attach(limited)
+    await networks.detach(IDENT)
+    assert "asks for bandwidth, which no plugin" in caplog.text
