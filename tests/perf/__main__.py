@@ -7,7 +7,7 @@ import asyncio
 import os
 
 from tests.daemonkit import daemon
-from tests.perf import many, output
+from tests.perf import many, net, output
 from tests.perf.bare import BareBoot
 from tests.perf.pods import Pods
 from tests.perf.report import Figure, progress, table
@@ -26,7 +26,9 @@ async def measure(quick: bool) -> tuple[list[Figure], list[list[str]], str]:
             await pods.run(2 if quick else 5)
             progress(f"a daemon with {many.SANDBOXES} sandboxes, then with {many.CONTAINERS} containers")
             await many.make_one(one, client)
-        figures = pods.figures()
+            progress("a pod's network")
+            network = await net.figures(client, 32 if quick else 256)
+        figures = pods.figures() + network
         one.stop()
         originals = many.kept(one)
         many.copy(one, originals, 1)

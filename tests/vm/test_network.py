@@ -81,6 +81,10 @@ async def test_the_pod_answers_at_all_its_addresses_and_another_pod_hears_it(
     assert [":" in a for a in own] == [False, True]
     for address in own:
         assert (await fetch(address)).startswith("hello from pod-")
+    netns = cri_client.daemon.run_dir / "netns" / pod[:12]
+    text = await shell("nsenter", f"--net={netns}", "ip", "-o", "addr")
+    assert "eth0" in text and f"hp{pod[:12]}" not in text, "the tap has no address to speak from"
+    assert f"hp{pod[:12]}0" in await shell("nsenter", f"--net={netns}", "ip", "-o", "link")
     other = await cri_client.run_pod()
     for address in own:
         host = f"[{address}]" if ":" in address else address
