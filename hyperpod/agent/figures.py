@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hyperpod.api.gen.hyperpod.agent import v1
+from hyperpod.api.gen.hyperpod.agentstats import v1
 
 NANO = 10**9
 UNLIMITED = 1 << 62

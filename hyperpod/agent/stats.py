@@ -11,7 +11,7 @@ from hyperpod.agent.cgroups import ROOT, Cgroups
 from hyperpod.agent.container import Container
 from hyperpod.agent.containers import Containers
 from hyperpod.agent.events import State
-from hyperpod.api.gen.hyperpod.agent import v1
+from hyperpod.api.gen.hyperpod.agentstats import v1
 
 PAGE = 32
 """Containers of one answer: 400 bytes each, with pressure and details 600; an answer has 64 KiB at most."""
@@ -49,10 +49,10 @@ class Stats:
         self._containers = containers
         self._cgroups = containers.tools.cgroups
 
-    async def page(self, after: str, details: bool) -> v1.StatsResponse:
+    async def page(self, after: str, details: bool) -> v1.Page:
         """The containers whose ids come after `after`, PAGE at most; with the first page the guest."""
         found = sorted(ident for ident in self._containers.ids() if ident > after)
-        answer = v1.StatsResponse(more=len(found) > PAGE)
+        answer = v1.Page(more=len(found) > PAGE)
         if not after:
             answer.guest = self._guest()
         for ident in found[:PAGE]:

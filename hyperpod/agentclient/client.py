@@ -12,7 +12,7 @@ from grpclib.exceptions import ProtocolError as GrpcProtocolError
 from h2.exceptions import H2Error
 
 from hyperpod.agentclient import figures
-from hyperpod.agentclient.channel import AgentChannel
+from hyperpod.agentclient.channel import AgentChannel, BoundedCodec
 from hyperpod.agentclient.figures import Bounds, SandboxFigures
 from hyperpod.agentclient.types import (
     AgentContainerState,
@@ -24,6 +24,7 @@ from hyperpod.agentclient.types import (
     UserInfo,
 )
 from hyperpod.api.gen.hyperpod.agent import v1
+from hyperpod.api.gen.hyperpod.agentstats.v1 import Page
 from hyperpod.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -183,7 +184,9 @@ class AgentClient:
         found: dict[str, figures.ContainerFigures] = {}
         for _ in range(MAX_STATS_PAGES):
             request = v1.StatsRequest(after_id=after, details=details)
-            answer = await self._call(lambda stub: stub.stats, request, timeout)
+            reply = await self._call(lambda stub: stub.stats, request, timeout)
+            with _mapped("Stats"):
+                answer = BoundedCodec().decode(reply.page, Page)
             if guest is None:
                 guest = figures.guest(answer.guest, most)
             for stats in answer.containers:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 API = Path(__file__).parent
 GENERATED = API / "gen"
-PROTOS = ("admin.proto", "agent.proto", "cri.proto")
+PROTOS = ("admin.proto", "agent.proto", "agentstats.proto", "cri.proto")
 OPTIONS = ("client_generation=async", "server_generation=async")
 
 

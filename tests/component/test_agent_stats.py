@@ -11,7 +11,8 @@ import pytest
 
 from hyperpod.agent.stats import PAGE
 from hyperpod.agentclient.figures import Bounds, SandboxFigures
-from hyperpod.api.gen.hyperpod.agent import v1
+from hyperpod.api.gen.hyperpod.agent.v1 import StatsResponse
+from hyperpod.api.gen.hyperpod.agentstats import v1
 from hyperpod.errors import DeadlineExceeded, GuestError, HyperpodError
 from hyperpod.model.security import LinuxResources
 from hyperpod.spec.oci import ContainerSpecInput
@@ -97,14 +98,14 @@ async def test_limits_are_those_of_the_cgroups_above_as_well(agent: AgentKit) ->
 
 def replying(payload: bytes) -> Script:
     async def script(call: Call) -> None:
-        call.reply(payload)
+        call.reply(bytes(StatsResponse(page=payload)))
 
     return script
 
 
 def page(*idents: str, more: bool = False, guest: bool = True) -> bytes:
     containers = [v1.ContainerStats(id=ident) for ident in idents]
-    return bytes(v1.StatsResponse(guest=v1.GuestStats() if guest else None, containers=containers, more=more))
+    return bytes(v1.Page(guest=v1.GuestStats() if guest else None, containers=containers, more=more))
 
 
 A, B = "a" * 64, "b" * 64
@@ -119,9 +120,9 @@ A, B = "a" * 64, "b" * 64
         page(B, A),
         page(A, A),
         page(A, more=True),  # again and again
-        bytes(v1.StatsResponse(guest=v1.GuestStats(interfaces=[v1.InterfaceStats(name="a\nb")]))),
+        bytes(v1.Page(guest=v1.GuestStats(interfaces=[v1.InterfaceStats(name="a\nb")]))),
         bytes(
-            v1.StatsResponse(
+            v1.Page(
                 guest=v1.GuestStats(),
                 containers=[
                     v1.ContainerStats(
@@ -141,7 +142,8 @@ async def test_answers_that_cannot_be(tmp_path: Path, payload: bytes) -> None:
 async def test_pages_without_end(tmp_path: Path) -> None:
     async def script(call: Call) -> None:
         script.count += 1  # type: ignore[attr-defined]
-        call.reply(page(f"{script.count:064x}", more=True))  # type: ignore[attr-defined]
+        payload = page(f"{script.count:064x}", more=True)  # type: ignore[attr-defined]
+        call.reply(bytes(StatsResponse(page=payload)))
 
     script.count = 0  # type: ignore[attr-defined]
     async with hostile(tmp_path, script) as (_, client):
@@ -159,7 +161,8 @@ async def test_an_agent_that_never_answers(tmp_path: Path) -> None:
 
 async def test_random_bytes_are_an_error(tmp_path: Path) -> None:
     async def script(call: Call) -> None:
-        call.reply(secrets.token_bytes(200))
+        noise = secrets.token_bytes(200)
+        call.reply(secrets.choice((noise, bytes(StatsResponse(page=noise)))))
 
     async with hostile(tmp_path, script) as (_, client):
         for _ in range(20):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hyperpod.agent import figures as kernel
 from hyperpod.agentclient import figures
 from hyperpod.agentclient.figures import COUNTER_MAX, Bounds
-from hyperpod.api.gen.hyperpod.agent import v1
+from hyperpod.api.gen.hyperpod.agentstats import v1
 from hyperpod.container.stats import NANO, RATE_WINDOW, Rate
 from hyperpod.errors import GuestError
 

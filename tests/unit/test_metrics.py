@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hyperpod.agentclient import figures
 from hyperpod.agentclient.figures import Bounds, SandboxFigures
-from hyperpod.api.gen.hyperpod.agent import v1
+from hyperpod.api.gen.hyperpod.agentstats import v1
 from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.container.live import LiveContainer
 from hyperpod.container.stats import Sample

@@ -6,24 +6,17 @@
 __all__ = (
     "AgentBase",
     "AgentStub",
-    "CgroupStats",
     "ContainerState",
-    "ContainerStats",
     "ContainerStatus",
     "CreateContainerRequest",
     "CreateContainerResponse",
-    "DetailStats",
     "Device",
-    "DiskStats",
     "Event",
     "EventsRequest",
     "ForgetLayersRequest",
     "ForgetLayersResponse",
-    "GuestStats",
     "HelloRequest",
     "HelloResponse",
-    "HugetlbStats",
-    "InterfaceStats",
     "KillExecRequest",
     "KillExecResponse",
     "Layer",
@@ -31,7 +24,6 @@ __all__ = (
     "ListContainersResponse",
     "Neighbour",
     "NetworkInterface",
-    "Pressure",
     "RemoveContainerRequest",
     "RemoveContainerResponse",
     "RemoveExecRequest",
@@ -107,61 +99,6 @@ class ContainerStatus(betterproto2.Enum):
 
 
 @dataclass(eq=False, repr=False)
-class CgroupStats(betterproto2.Message):
-    """
-    Sizes in bytes. What is unlimited has the limit 0.
-    """
-
-    cpu_usage_ns: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
-
-    cpu_user_ns: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
-
-    cpu_system_ns: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
-
-    cpu_periods: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
-
-    cpu_throttled_periods: "int" = betterproto2.field(5, betterproto2.TYPE_UINT64)
-
-    cpu_throttled_ns: "int" = betterproto2.field(6, betterproto2.TYPE_UINT64)
-
-    memory_usage: "int" = betterproto2.field(7, betterproto2.TYPE_UINT64)
-
-    memory_inactive_file: "int" = betterproto2.field(8, betterproto2.TYPE_UINT64)
-
-    memory_anon: "int" = betterproto2.field(9, betterproto2.TYPE_UINT64)
-
-    memory_file: "int" = betterproto2.field(10, betterproto2.TYPE_UINT64)
-
-    memory_kernel: "int" = betterproto2.field(11, betterproto2.TYPE_UINT64)
-
-    memory_mapped_file: "int" = betterproto2.field(12, betterproto2.TYPE_UINT64)
-
-    memory_limit: "int" = betterproto2.field(13, betterproto2.TYPE_UINT64)
-    """
-    The lowest of the cgroup's own limit and of those above it.
-    """
-
-    page_faults: "int" = betterproto2.field(14, betterproto2.TYPE_UINT64)
-
-    major_page_faults: "int" = betterproto2.field(15, betterproto2.TYPE_UINT64)
-
-    swap_usage: "int" = betterproto2.field(16, betterproto2.TYPE_UINT64)
-
-    oom_kills: "int" = betterproto2.field(17, betterproto2.TYPE_UINT64)
-
-    pids: "int" = betterproto2.field(18, betterproto2.TYPE_UINT64)
-
-    cpu_pressure: "Pressure | None" = betterproto2.field(19, betterproto2.TYPE_MESSAGE, optional=True)
-
-    memory_pressure: "Pressure | None" = betterproto2.field(20, betterproto2.TYPE_MESSAGE, optional=True)
-
-    io_pressure: "Pressure | None" = betterproto2.field(21, betterproto2.TYPE_MESSAGE, optional=True)
-
-
-default_message_pool.register_message("hyperpod.agent.v1", "CgroupStats", CgroupStats)
-
-
-@dataclass(eq=False, repr=False)
 class ContainerState(betterproto2.Message):
     id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
 
@@ -184,26 +121,6 @@ class ContainerState(betterproto2.Message):
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "ContainerState", ContainerState)
-
-
-@dataclass(eq=False, repr=False)
-class ContainerStats(betterproto2.Message):
-    id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
-
-    cgroup: "CgroupStats | None" = betterproto2.field(2, betterproto2.TYPE_MESSAGE, optional=True)
-    """
-    Absent while it has no cgroup: before its start, after its end.
-    """
-
-    writable_layer: "DiskStats | None" = betterproto2.field(3, betterproto2.TYPE_MESSAGE, optional=True)
-    """
-    Absent when it cannot be told.
-    """
-
-    details: "DetailStats | None" = betterproto2.field(4, betterproto2.TYPE_MESSAGE, optional=True)
-
-
-default_message_pool.register_message("hyperpod.agent.v1", "ContainerStats", ContainerStats)
 
 
 @dataclass(eq=False, repr=False)
@@ -255,44 +172,6 @@ default_message_pool.register_message("hyperpod.agent.v1", "CreateContainerRespo
 
 
 @dataclass(eq=False, repr=False)
-class DetailStats(betterproto2.Message):
-    memory_peak: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
-
-    memory_limit_hits: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
-    """
-    How often the limit was met.
-    """
-
-    read_bytes: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
-
-    write_bytes: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
-
-    reads: "int" = betterproto2.field(5, betterproto2.TYPE_UINT64)
-
-    writes: "int" = betterproto2.field(6, betterproto2.TYPE_UINT64)
-
-    processes: "int" = betterproto2.field(7, betterproto2.TYPE_UINT64)
-
-    threads: "int" = betterproto2.field(8, betterproto2.TYPE_UINT64)
-
-    threads_max: "int" = betterproto2.field(9, betterproto2.TYPE_UINT64)
-
-    file_descriptors: "int" = betterproto2.field(10, betterproto2.TYPE_UINT64)
-
-    sockets: "int" = betterproto2.field(11, betterproto2.TYPE_UINT64)
-
-    files_max: "int" = betterproto2.field(12, betterproto2.TYPE_UINT64)
-    """
-    Soft limit of open files of the first process.
-    """
-
-    hugetlb: "list[HugetlbStats]" = betterproto2.field(13, betterproto2.TYPE_MESSAGE, repeated=True)
-
-
-default_message_pool.register_message("hyperpod.agent.v1", "DetailStats", DetailStats)
-
-
-@dataclass(eq=False, repr=False)
 class Device(betterproto2.Message):
     path: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
 
@@ -305,16 +184,6 @@ class Device(betterproto2.Message):
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "Device", Device)
-
-
-@dataclass(eq=False, repr=False)
-class DiskStats(betterproto2.Message):
-    used_bytes: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
-
-    inodes: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
-
-
-default_message_pool.register_message("hyperpod.agent.v1", "DiskStats", DiskStats)
 
 
 @dataclass(eq=False, repr=False)
@@ -349,41 +218,6 @@ class ForgetLayersResponse(betterproto2.Message):
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "ForgetLayersResponse", ForgetLayersResponse)
-
-
-@dataclass(eq=False, repr=False)
-class GuestStats(betterproto2.Message):
-    memory_total: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
-
-    memory_free: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
-
-    memory_available: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
-
-    cpu_usage_ns: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
-    """
-    Of the whole guest, its kernel and agent included.
-    """
-
-    containers: "CgroupStats | None" = betterproto2.field(5, betterproto2.TYPE_MESSAGE, optional=True)
-    """
-    The parent of the containers' cgroups.
-    """
-
-    interfaces: "list[InterfaceStats]" = betterproto2.field(6, betterproto2.TYPE_MESSAGE, repeated=True)
-
-    disk_size: "int" = betterproto2.field(7, betterproto2.TYPE_UINT64)
-    """
-    The file system of the writable layers.
-    """
-
-    disk_free: "int" = betterproto2.field(8, betterproto2.TYPE_UINT64)
-
-    disk_inodes: "int" = betterproto2.field(9, betterproto2.TYPE_UINT64)
-
-    disk_inodes_free: "int" = betterproto2.field(10, betterproto2.TYPE_UINT64)
-
-
-default_message_pool.register_message("hyperpod.agent.v1", "GuestStats", GuestStats)
 
 
 @dataclass(eq=False, repr=False)
@@ -447,45 +281,6 @@ class HelloResponse(betterproto2.Message):
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "HelloResponse", HelloResponse)
-
-
-@dataclass(eq=False, repr=False)
-class HugetlbStats(betterproto2.Message):
-    page_size: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
-    """
-    As the kernel's cgroup files name it: 2MB, 1GB.
-    """
-
-    usage: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
-
-    max_usage: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
-
-
-default_message_pool.register_message("hyperpod.agent.v1", "HugetlbStats", HugetlbStats)
-
-
-@dataclass(eq=False, repr=False)
-class InterfaceStats(betterproto2.Message):
-    name: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
-
-    rx_bytes: "int" = betterproto2.field(2, betterproto2.TYPE_UINT64)
-
-    rx_packets: "int" = betterproto2.field(3, betterproto2.TYPE_UINT64)
-
-    rx_errors: "int" = betterproto2.field(4, betterproto2.TYPE_UINT64)
-
-    rx_dropped: "int" = betterproto2.field(5, betterproto2.TYPE_UINT64)
-
-    tx_bytes: "int" = betterproto2.field(6, betterproto2.TYPE_UINT64)
-
-    tx_packets: "int" = betterproto2.field(7, betterproto2.TYPE_UINT64)
-
-    tx_errors: "int" = betterproto2.field(8, betterproto2.TYPE_UINT64)
-
-    tx_dropped: "int" = betterproto2.field(9, betterproto2.TYPE_UINT64)
-
-
-default_message_pool.register_message("hyperpod.agent.v1", "InterfaceStats", InterfaceStats)
 
 
 @dataclass(eq=False, repr=False)
@@ -575,32 +370,6 @@ class NetworkInterface(betterproto2.Message):
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "NetworkInterface", NetworkInterface)
-
-
-@dataclass(eq=False, repr=False)
-class Pressure(betterproto2.Message):
-    """
-    Of the kernel's pressure stall information; averages in hundredths of a per cent.
-    """
-
-    some_total_ns: "int" = betterproto2.field(1, betterproto2.TYPE_UINT64)
-
-    some_avg10: "int" = betterproto2.field(2, betterproto2.TYPE_UINT32)
-
-    some_avg60: "int" = betterproto2.field(3, betterproto2.TYPE_UINT32)
-
-    some_avg300: "int" = betterproto2.field(4, betterproto2.TYPE_UINT32)
-
-    full_total_ns: "int" = betterproto2.field(5, betterproto2.TYPE_UINT64)
-
-    full_avg10: "int" = betterproto2.field(6, betterproto2.TYPE_UINT32)
-
-    full_avg60: "int" = betterproto2.field(7, betterproto2.TYPE_UINT32)
-
-    full_avg300: "int" = betterproto2.field(8, betterproto2.TYPE_UINT32)
-
-
-default_message_pool.register_message("hyperpod.agent.v1", "Pressure", Pressure)
 
 
 @dataclass(eq=False, repr=False)
@@ -835,16 +604,9 @@ default_message_pool.register_message("hyperpod.agent.v1", "StatsRequest", Stats
 
 @dataclass(eq=False, repr=False)
 class StatsResponse(betterproto2.Message):
-    guest: "GuestStats | None" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, optional=True)
-
-    containers: "list[ContainerStats]" = betterproto2.field(2, betterproto2.TYPE_MESSAGE, repeated=True)
+    page: "bytes" = betterproto2.field(1, betterproto2.TYPE_BYTES)
     """
-    In the order of their ids.
-    """
-
-    more: "bool" = betterproto2.field(3, betterproto2.TYPE_BOOL)
-    """
-    There are more after the last one.
+    A hyperpod.agentstats.v1.Page. Its classes are apart, so that a guest's start does not pay for them.
     """
 
 
