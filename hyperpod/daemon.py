@@ -141,7 +141,7 @@ async def running(config: Config) -> AsyncIterator[RpcServer]:
         stack.push_async_callback(sandboxes.detach)
         await Recovery(sandboxes, containers, supervisor).run()
         await images.collect()
-        collector = StatsCollector(owner, config.vm.scratch_mib << 20)
+        collector = StatsCollector(owner, builder.scratch_path)
         ports = Ports(
             sandboxes=sandboxes,
             containers=containers,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from hyperpod.agentclient.figures import Bounds, SandboxFigures
@@ -81,11 +82,11 @@ class _Known:
 
 
 class StatsCollector:
-    """Asks the agents. `disk`: bytes of a scratch disk."""
+    """Asks the agents. `scratch`: gives the path of a sandbox's scratch disk."""
 
-    def __init__(self, owner: TaskOwner, disk: int) -> None:
+    def __init__(self, owner: TaskOwner, scratch: Callable[[LiveSandbox], Path]) -> None:
         self._operations = Operations(owner)
-        self._disk = disk
+        self._scratch = scratch
         self._known: WeakKeyDictionary[LiveSandbox, _Known] = WeakKeyDictionary()
 
     async def collect(
@@ -133,4 +134,8 @@ class StatsCollector:
     def _bounds(self, sandbox: LiveSandbox) -> Bounds:
         size = sandbox.record.size
         age = max(now_ns() - sandbox.record.created_at, 0)
-        return Bounds(memory=size.max_memory_mib << 20, disk=self._disk, cpu_ns=age * size.max_vcpus)
+        try:
+            disk = self._scratch(sandbox).stat().st_size
+        except FileNotFoundError:  # the pod is being stopped
+            disk = 0
+        return Bounds(memory=size.max_memory_mib << 20, disk=disk, cpu_ns=age * size.max_vcpus)
