@@ -42,6 +42,8 @@ class VmConfig(Section):
     """Size of the sparse disk for the writable layers of a pod."""
     max_concurrent_boots: int = Field(default=0, ge=0)
     """More wait for their turn: many boots at once would all be slow. 0 is twice the host's CPUs."""
+    virtiofs: Literal["boot", "demand", "off"] = "boot"
+    """When a pod gets the file server that its mounts come through; off: containers with mounts are refused."""
     boot_timeout: float = Field(default=90.0, gt=0)
     uid_base: int = Field(default=1_500_000, ge=1000)
     uid_count: int = Field(default=4096, ge=1)

@@ -17,8 +17,10 @@ NAMES = (
     "sandbox.network",
     "sandbox.scratch",
     "sandbox.shim",
+    "sandbox.share",
     "sandbox.domain",
     "sandbox.tap",
+    "sandbox.sealed",
     "sandbox.agent",
     "sandbox.ready",
     "sandbox.stopping",
@@ -28,12 +30,14 @@ NAMES = (
     "sandbox.removing",
     "container.recorded",
     "container.layers",
+    "container.mounted",
     "container.prepared",
     "container.updated",
     "container.started",
     "container.running",
     "container.exited",
     "container.removing",
+    "container.unmounted",
 )
 """Every failpoint of the daemon, in the order in which a pod's life meets them."""
 

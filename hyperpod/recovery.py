@@ -106,6 +106,12 @@ class Recovery:
                 if folder.name not in folders:
                     self._strays.add(folder.name)
                     await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        shares = self.sandboxes.config.run_dir / "m"
+        if shares.is_dir():
+            for folder in shares.iterdir():
+                if folder.name not in folders:
+                    self._strays.add(folder.name)
+                    await self.sandboxes.builder.shares.sweep(folder)
         await self.sandboxes.builder.networks.sweep(known)
         await self.sandboxes.builder.cgroups.sweep(self._strays)
         scratch = self.sandboxes.config.state_dir / "scratch"

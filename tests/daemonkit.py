@@ -138,8 +138,8 @@ class Daemon:
         ]
 
     def leftovers(self) -> list[str]:
-        """What is there although no pod is: QEMUs, mounts, cgroups, folders, disks, records."""
-        left = [line for line in self.processes() if "qemu" in line or "shim" in line]
+        """What is there although no pod is: QEMUs, file servers, mounts, cgroups, folders, disks, records."""
+        left = [line for line in self.processes() if any(w in line for w in ("qemu", "shim", "virtiofsd"))]
         left += self.cgroups()
         left += [
             m
@@ -148,6 +148,7 @@ class Daemon:
         ]
         for folder in (
             self.run_dir / "s",
+            self.run_dir / "m",
             self.state / "scratch",
             self.state / "sandboxes",
             self.state / "containers",

@@ -27,6 +27,7 @@ from hyperpod.agent.quota import Quota
 from hyperpod.agent.reaper import Reaper
 from hyperpod.agent.resources import adapt
 from hyperpod.agent.security import Security
+from hyperpod.agent.share import Share
 from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, InvalidArgument, NotFound
 from hyperpod.tasks import TaskOwner, bounded
 
@@ -45,6 +46,7 @@ class Tools:
         self.crun = Crun(layout, reaper)
         self.layers = Layers(layout)
         self.quota = Quota(layout)
+        self.share = Share(layout)
         self._consoles = 0
 
     def console(self) -> ConsoleSocket:
@@ -345,6 +347,7 @@ class Container:
         """Undo `prepare`."""
         layout = self.tools.layout
         rootfs.unmount_overlay(layout, self.id)
+        await self.tools.share.drop(self.id)
         rootfs.remove_tree(layout.bundle(self.id))
         await rootfs.discard(layout, layout.writable(self.id))
         self.tools.quota.forget(self.id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from hyperpod.agent.container import Container, Tools
@@ -73,6 +74,8 @@ class Containers:
         tty: bool,
         stdin: bool,
         stdin_once: bool,
+        share: str = "",
+        submounts: Sequence[str] = (),
     ) -> Container:
         check_id("container", ident, 64)
         document = parse_object("the OCI spec", spec)
@@ -88,6 +91,8 @@ class Containers:
             # Known from the start, so that a Remove that overtakes finds it.
             self._known[ident] = made
             try:
+                if share:
+                    await self.tools.share.use(share, submounts)
                 await made.prepare(document, layers, security)
             except BaseException:
                 del self._known[ident]

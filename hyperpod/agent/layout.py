@@ -29,6 +29,10 @@ class Layout:
         return f"{self.root}/e"
 
     @property
+    def share(self) -> str:
+        return f"{self.root}/share"
+
+    @property
     def trash(self) -> str:
         return f"{self.scratch}/t"
 

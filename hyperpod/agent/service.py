@@ -88,6 +88,8 @@ class AgentService(v1.AgentBase):
             tty=message.tty,
             stdin=message.stdin,
             stdin_once=message.stdin_once,
+            share=message.share,
+            submounts=message.submounts,
         )
         if message.security is None:
             return v1.CreateContainerResponse()

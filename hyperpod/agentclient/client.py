@@ -142,8 +142,12 @@ class AgentClient:
         stdin_once: bool = False,
         scratch: str = "",
         security: Security | None = None,
+        share: str = "",
+        submounts: Sequence[str] = (),
     ) -> UserInfo | None:
-        """Mount the root and write the bundle. `layers`: topmost last. Gives the user when `security` is given."""
+        """Mount the root and write the bundle. `layers`: topmost last. `share`: agent.proto.
+
+        Gives the user when `security` is given."""
         if len(oci_spec) > MAX_REQUEST - 64 * 1024:
             raise InvalidArgument(f"the container's specification is {len(oci_spec)} bytes, too large")
         request = v1.CreateContainerRequest(
@@ -155,6 +159,8 @@ class AgentClient:
             stdin=stdin,
             stdin_once=stdin_once,
             security=_security(security),
+            share=share,
+            submounts=list(submounts),
         )
         user = (await self._call(lambda stub: stub.create_container, request, LONG)).user
         return None if user is None else _user(user)

@@ -8,17 +8,30 @@ import platform
 from hyperpod.container.seccomp import runtime_default
 from hyperpod.daemon_args import config_of
 from hyperpod.errors import HyperpodError, NetworkError
-from hyperpod.hypervisor.doctor import checks
+from hyperpod.hypervisor.doctor import Check, checks
 from hyperpod.network.confdir import ConfDir
 from hyperpod.sandbox import artifacts
+from hyperpod.share import virtiofsd
 from hyperpod.spec.profile import Target
+
+
+def file_server(setting: str) -> Check:
+    """What a pod's mounts come through; not needed when they are switched off."""
+    found = virtiofsd.program()
+    return Check(
+        "virtiofsd",
+        found is not None,
+        setting != "off",
+        found.path if found else "not found",
+        f"apt-get install {virtiofsd.PACKAGE}",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Exit code 0 when all that is required is there."""
     config = config_of(args)
     missing = 0
-    for check in checks(config.vm.accelerator):
+    for check in [*checks(config.vm.accelerator), file_server(config.vm.virtiofs)]:
         print(f"{'ok     ' if check.found else 'MISSING'} {check.name}: {check.detail}")
         if not check.found and check.required:
             missing += 1

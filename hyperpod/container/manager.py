@@ -43,7 +43,7 @@ from hyperpod.model.security import LinuxResources, NamespaceMode, User
 from hyperpod.sandbox.disks import serial_of
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.sandbox.manager import SandboxManager
-from hyperpod.spec import limits
+from hyperpod.spec import limits, mounts
 from hyperpod.spec.oci import build_spec
 from hyperpod.store.index import IdIndex
 from hyperpod.store.records import RecordStore
@@ -137,6 +137,11 @@ class ContainerManager:
             failpoints.passing("container.recorded")
             await sandbox.disks.attach(layers, ident)
             failpoints.passing("container.layers")
+            submounts: list[str] = []
+            if config.mounts:
+                binds = mounts.host_binds(config.mounts, ident)
+                submounts = await self.sandboxes.builder.mount(sandbox, binds)
+                failpoints.passing("container.mounted")
             agent = await sandbox.session.client()
             user = await agent.create_container(
                 ident,
@@ -146,6 +151,8 @@ class ContainerManager:
                 stdin=config.stdin,
                 stdin_once=config.stdin_once,
                 security=security,
+                share=mounts.TAG if config.mounts else "",
+                submounts=submounts,
             )
             known = user and User(uid=user.uid, gid=user.gid, groups=user.groups)
             await self._start_log(container, sandbox)
@@ -343,8 +350,11 @@ class ContainerManager:
             await self._forget(container)
 
     async def _release(self, container: LiveContainer, sandbox: LiveSandbox | None) -> None:
-        """Give the layers back: umount in the guest, detach from the VM, drop the lease."""
+        """Give mounts and layers back: umount in the guest, detach from the VM, drop the lease."""
         if sandbox is not None:
+            if container.record.config.mounts:
+                await self.sandboxes.builder.shares.release(sandbox, container.id)
+                failpoints.passing("container.unmounted")
             unused = sandbox.disks.unused_after(container.id)
             if sandbox.ready and unused:
                 try:

@@ -9,6 +9,7 @@ from hyperpod.errors import FailedPrecondition, HyperpodError, InvalidArgument, 
 from hyperpod.model.container import ContainerConfig, ContainerRecord
 from hyperpod.model.images import ImageConfig
 from hyperpod.model.security import NamespaceMode
+from hyperpod.spec.mounts import oci_mounts
 from hyperpod.spec.oci import MASKED_PATHS, READONLY_PATHS, RLIMITS, ContainerSpecInput
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -94,4 +95,5 @@ def spec_input(record: ContainerRecord, seccomp: dict[str, Any] | None = None) -
         rlimits=RLIMITS,
         resources=config.resources,
         seccomp=seccomp,
+        mounts=tuple(oci_mounts(config.mounts, record.id)),
     )

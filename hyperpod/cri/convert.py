@@ -13,6 +13,7 @@ from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.errors import InvalidArgument
 from hyperpod.model.container import Capabilities, ContainerConfig, ContainerMetadata
 from hyperpod.model.images import RegistryAuth
+from hyperpod.model.mounts import Mount, Propagation
 from hyperpod.model.sandbox import DnsConfig, PortMapping, SandboxConfig, SandboxMetadata
 from hyperpod.model.security import (
     Device,
@@ -22,7 +23,7 @@ from hyperpod.model.security import (
     SeccompKind,
     SeccompProfile,
 )
-from hyperpod.spec import limits, podnet
+from hyperpod.spec import limits, mounts, podnet
 from hyperpod.spec.cgroup import parent_folder
 
 MAX_NAME = 1024
@@ -297,6 +298,22 @@ def stop_signal(value: cri.Signal) -> str:
     return (value.name or "").replace("PLUS", "+").replace("MINUS", "-")
 
 
+def _mounts(values: Sequence[cri.Mount]) -> tuple[Mount, ...]:
+    found = tuple(
+        Mount(
+            container_path=_text(f"config.mounts[{i}].container_path", value.container_path, MAX_PATH),
+            host_path=_text(f"config.mounts[{i}].host_path", value.host_path, MAX_PATH),
+            readonly=value.readonly,
+            recursive_read_only=value.recursive_read_only,
+            propagation=Propagation((value.propagation.name or "").removeprefix("PROPAGATION_")),
+            selinux_relabel=value.selinux_relabel,
+        )
+        for i, value in enumerate(values[: mounts.MAX_MOUNTS + 1])
+    )
+    mounts.check(found)
+    return found
+
+
 def container_config(config: cri.ContainerConfig | None) -> ContainerConfig:
     """CreateContainerRequest.config to the record."""
     if config is None:
@@ -323,6 +340,7 @@ def container_config(config: cri.ContainerConfig | None) -> ContainerConfig:
         args=_texts("config.args", config.args),
         working_dir=_text("config.working_dir", config.working_dir, MAX_PATH),
         envs=tuple((_text("config.envs.key", env.key, MAX_MAP_BYTES), env.value) for env in config.envs),
+        mounts=_mounts(config.mounts),
         labels=_map("config.labels", config.labels),
         annotations=_map("config.annotations", config.annotations),
         log_path=_text("config.log_path", config.log_path, MAX_PATH),

@@ -110,6 +110,21 @@ _POD_RESOURCES: Table = {
     "hugepage_limits[].page_size": Harmless("counts with a limit only"),
     "hugepage_limits[].limit": Refused("the guest has no huge pages"),
 }
+_MOUNT: Table = {
+    **_honoured("container_path", "host_path", "readonly", "recursive_read_only"),
+    "propagation": Only(
+        (cri.MountPropagation.PROPAGATION_PRIVATE, cri.MountPropagation.PROPAGATION_HOST_TO_CONTAINER),
+        f"the host cannot see what a guest mounts, {_NO_HOST}",
+        never=None,
+    ),
+    # The kubelet sets it on every host for the first container that gets a volume.
+    "selinux_relabel": Harmless("the guest has no SELinux, and nothing of the pod on the host needs a label"),
+    "uid_mappings": Refused("user namespaces are not built yet"),
+    "gid_mappings": Refused("user namespaces are not built yet"),
+    "image": Refused("images as volumes are not built yet"),
+    "image_sub_path": Refused("images as volumes are not built yet"),
+    "mount_options": Refused("mount options are not built yet"),
+}
 _IMAGE: Table = {
     **_honoured("image", "annotations", "user_specified_image"),
     "runtime_handler": Only(("", "vm"), "no such runtime handler", never=None),
@@ -146,7 +161,7 @@ CREATE_CONTAINER: Table = {
     **_honoured("config.labels", "config.annotations", "config.log_path"),
     **_honoured("config.stdin", "config.stdin_once", "config.tty", "config.stop_signal"),
     **_under("config.image", _IMAGE),
-    "config.mounts": Refused("mounts are not built yet"),
+    **_under("config.mounts[]", _MOUNT),
     "config.devices[].host_path": Only(
         ("", *_DEVICES),
         f"a host's device cannot enter a VM; of a guest's own there are {', '.join(_DEVICES)}",

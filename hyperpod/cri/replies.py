@@ -19,8 +19,10 @@ from hyperpod.model.container import (
     ContainerStatus,
 )
 from hyperpod.model.images import Image
+from hyperpod.model.mounts import Mount
 from hyperpod.model.sandbox import Sandbox, SandboxMetadata
 from hyperpod.model.security import LinuxResources, NamespaceOptions
+from hyperpod.spec.mounts import explained
 
 _STATES = {
     ContainerState.CREATED: cri.ContainerState.CONTAINER_CREATED,
@@ -136,6 +138,7 @@ def _pod_info(sandbox: Sandbox) -> dict[str, str]:
             uid=record.uid,
             gid=record.gid,
             vsock=record.vsock,
+            virtiofs=record.virtiofs,
             size=record.size.model_dump(),
             kernel=record.kernel.version,
             guest=record.guest.version,
@@ -247,6 +250,18 @@ def _stop_signal(name: str) -> cri.Signal:
         return cri.Signal.RUNTIME_DEFAULT
 
 
+def _mount(mount: Mount) -> cri.Mount:
+    """As it was asked for."""
+    return cri.Mount(
+        container_path=mount.container_path,
+        host_path=mount.host_path,
+        readonly=mount.readonly,
+        recursive_read_only=mount.recursive_read_only,
+        propagation=cri.MountPropagation[f"PROPAGATION_{mount.propagation.value}"],
+        selinux_relabel=mount.selinux_relabel,
+    )
+
+
 def _status(container: Container) -> cri.ContainerStatus:
     record, status = container.record, container.status
     return cri.ContainerStatus(
@@ -264,6 +279,7 @@ def _status(container: Container) -> cri.ContainerStatus:
         message=status.message,
         labels=record.config.labels,
         annotations=record.config.annotations,
+        mounts=[_mount(mount) for mount in record.config.mounts],
         log_path=record.log_path,
         resources=cri.ContainerResources(linux=_resources(status.resources or record.config.resources)),
         user=_user(status),
@@ -272,7 +288,7 @@ def _status(container: Container) -> cri.ContainerStatus:
 
 
 def container_status(container: Container, *, verbose: bool) -> cri.ContainerStatusResponse:
-    """`info.container`: what CRI has no field for."""
+    """`info.container`: what CRI has no field for; `info.mounts`: how each mount gets there."""
     record, status = container.record, container.status
     info = _json(
         sandbox_id=record.sandbox_id,
@@ -282,7 +298,10 @@ def container_status(container: Container, *, verbose: bool) -> cri.ContainerSta
         layers=record.layers,
         image_config=record.image_config.model_dump(),
     )
-    return cri.ContainerStatusResponse(status=_status(container), info={"container": info} if verbose else {})
+    return cri.ContainerStatusResponse(
+        status=_status(container),
+        info={"container": info, "mounts": _json(**explained(record.config.mounts))} if verbose else {},
+    )
 
 
 # -- images ------------------------------------------------------------------------------------------------

@@ -50,7 +50,10 @@ class RuntimeService(cri.RuntimeServiceBase):
             status=cri.RuntimeStatus(conditions=conditions),
             info={"hypervisor": self._facts(), "network": self._network()} if message.verbose else {},
             runtime_handlers=[
-                cri.RuntimeHandler(name=name, features=cri.RuntimeHandlerFeatures()) for name in HANDLERS
+                cri.RuntimeHandler(
+                    name=name, features=cri.RuntimeHandlerFeatures(recursive_read_only_mounts=True)
+                )
+                for name in HANDLERS
             ],
             features=cri.RuntimeFeatures(supplemental_groups_policy=True),
         )

@@ -77,6 +77,9 @@ class Hypervisor(Protocol):
     async def detach_disk(self, name: str, serial: str) -> None:
         """Unplug it; fine when neither it nor the domain is there."""
 
+    async def attach_share(self, name: str, socket_path: str) -> None:
+        """Hot-plug the virtio-fs device of a virtiofsd that listens there; fine when there is one already."""
+
     async def replug_vsock(self, name: str, socket_path: str) -> None:
         """Replace a vhost-user-vsock device whose back end died without a successor."""
 

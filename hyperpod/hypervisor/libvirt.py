@@ -27,7 +27,15 @@ from hyperpod.hypervisor import accelerator, orphans
 from hyperpod.hypervisor.base import Disk, DomainEvent, DomainInfo, DomainSpec, HostFacts
 from hyperpod.hypervisor.connection import Connection
 from hyperpod.logs import printable
-from hyperpod.spec.domain import EMULATOR, NAMESPACE, VSOCK_ID, disk_xml, domain_xml, vsock_device
+from hyperpod.spec.domain import (
+    EMULATOR,
+    NAMESPACE,
+    VSOCK_ID,
+    disk_xml,
+    domain_xml,
+    share_xml,
+    vsock_device,
+)
 from hyperpod.tasks import TaskOwner
 
 log = logging.getLogger(__name__)
@@ -271,6 +279,15 @@ class LibvirtHypervisor:
             await self._connection.call(f"detaching {serial} from {name}", detach)
         except NotFound:
             log.debug("domain %s is gone, and its disk %s with it", name, serial)
+
+    async def attach_share(self, name: str, socket_path: str) -> None:
+        def attach(conn: Any) -> None:
+            domain = conn.lookupByName(name)
+            root = ET.fromstring(domain.XMLDesc(0))  # noqa: S314  libvirt's own answer
+            if root.find("./devices/filesystem") is None:
+                domain.attachDeviceFlags(share_xml(socket_path), libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+        await self._connection.call(f"attaching the share to {name}", attach)
 
     async def replug_vsock(self, name: str, socket_path: str) -> None:
         # Each step may have been done by a try before this one.

@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from hyperpod.model.base import Record
 from hyperpod.model.images import ImageConfig
+from hyperpod.model.mounts import Mount
 from hyperpod.model.security import Device, LinuxResources, NamespaceOptions, SeccompProfile, User
 
 
@@ -35,6 +36,7 @@ class ContainerConfig(Record):
     args: tuple[str, ...] = ()
     working_dir: str = ""
     envs: tuple[tuple[str, bytes], ...] = ()
+    mounts: tuple[Mount, ...] = ()
     labels: dict[str, str] = {}
     annotations: dict[str, str] = {}
     log_path: str = ""

@@ -122,6 +122,8 @@ class SandboxRecord(Record):
     guest: Artifact
     size: VmSize
     vsock: str = "vhost-user"
+    virtiofs: str = "off"
+    """`boot`, `demand` or `off`, as the configuration said; sandboxes of before there were mounts: off."""
 
 
 class SandboxStatus(Record):

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,12 @@ from hyperpod.sandbox.cgroup import SandboxCgroups, qemu_pid
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.sandbox.network import PodNetworks
 from hyperpod.sandbox.phases import Phases
+from hyperpod.sandbox.share import Shares
 from hyperpod.shimclient.client import ShimClient
 from hyperpod.spec import podfiles
 from hyperpod.spec.cgroup import sandbox_folder
 from hyperpod.spec.domain import DomainSpec, Nic
+from hyperpod.spec.mounts import HostBind
 from hyperpod.supervisor.client import SupervisorClient
 
 log = logging.getLogger(__name__)
@@ -80,6 +82,7 @@ class VmBuilder:
         self.scratch, self.networks, self.instance_id = scratch, networks, instance_id
         self.cgroups = SandboxCgroups()
         self._boots = asyncio.Semaphore(config.vm.max_concurrent_boots or 2 * (os.cpu_count() or 1))
+        self.shares = Shares(hypervisor)
 
     def scratch_path(self, sandbox: LiveSandbox) -> Path:
         return self.config.state_dir / "scratch" / f"{sandbox.id}.raw"
@@ -101,12 +104,19 @@ class VmBuilder:
                 self.make_directory(sandbox)
                 await self.start_shim(sandbox, resume=False)
                 failpoints.passing("sandbox.shim")
+            if record.virtiofs == "boot":
+                with phases("share"):
+                    await self.shares.start(sandbox, await self.cgroups.make(self.cgroup(sandbox)))
+                    failpoints.passing("sandbox.share")
             async with self._turn(phases):
                 with phases("domain"):
                     await self.hypervisor.create(self.domain_spec(sandbox, network))
                     await self.place_qemu(sandbox)
                     failpoints.passing("sandbox.domain")
                     await self.networks.plug(record, network)
+                    if record.virtiofs == "boot":
+                        await self.shares.seal(sandbox)
+                        failpoints.passing("sandbox.sealed")
                 with phases("kernel+agent"):
                     hello = await self.wait_for_agent(sandbox, network)
                     failpoints.passing("sandbox.agent")
@@ -141,6 +151,10 @@ class VmBuilder:
             log.warning("sandbox %s: no process of %s found", sandbox.short, sandbox.record.domain)
             return
         await self.cgroups.admit(self.cgroup(sandbox), pid)
+
+    async def mount(self, sandbox: LiveSandbox, binds: Sequence[HostBind]) -> list[str]:
+        """Put a container's mounts into the sandbox's share; see Shares.bind."""
+        return await self.shares.bind(sandbox, binds, lambda: self.cgroups.make(self.cgroup(sandbox)))
 
     async def start_shim(self, sandbox: LiveSandbox, *, resume: bool) -> None:
         """Fork the shim into the sandbox's cgroup and connect to it."""
@@ -196,6 +210,7 @@ class VmBuilder:
             uid=record.uid,
             gid=record.gid,
             nics=tuple(Nic(mac=x.mac, tap=x.tap, mtu=x.mtu) for x in network.interfaces),
+            share_socket=str(sandbox.files.socket) if record.virtiofs == "boot" else None,
         )
 
     async def wait_for_agent(self, sandbox: LiveSandbox, network: PodNetwork) -> HelloInfo:
@@ -247,6 +262,7 @@ class VmBuilder:
             raise DeadlineExceeded(f"VM {sandbox.record.domain} could not be destroyed") from exc
         failpoints.passing("sandbox.destroyed")
         await self.end_shim(sandbox)
+        await self.shares.end(sandbox)
         await self.cgroups.remove(self.cgroup(sandbox), sandbox.record.domain)
         await asyncio.to_thread(shutil.rmtree, sandbox.directory, ignore_errors=True)
         await self.scratch.remove(self.scratch_path(sandbox))

@@ -11,6 +11,7 @@ from hyperpod.errors import FailedPrecondition
 from hyperpod.model.sandbox import Sandbox, SandboxPhase, SandboxRecord, SandboxStatus
 from hyperpod.sandbox.disks import LayerDisks
 from hyperpod.sandbox.session import AgentSession
+from hyperpod.share.virtiofsd import FileServer
 from hyperpod.shimclient.client import ShimClient
 from hyperpod.vsock.dial import Endpoint, HybridEndpoint, KernelEndpoint
 
@@ -23,6 +24,10 @@ class LiveSandbox:
     ) -> None:
         self.record, self.status, self.disks = record, status, disks
         self.directory = run_dir / "s" / record.id[:12]
+        self.files = FileServer(run_dir / "m" / record.id[:12])
+        self.files_lock = asyncio.Lock()
+        """Held while the file server is started, or its device attached."""
+        self.files_started = asyncio.Event()
         self.session = AgentSession(record.id, self.endpoint, record.token)
         self.shim: ShimClient | None = None
         self.gone = asyncio.Event()

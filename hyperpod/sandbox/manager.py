@@ -148,6 +148,7 @@ class SandboxManager:
             kernel=kernel,
             guest=guest,
             size=size,
+            virtiofs=self.config.vm.virtiofs,
             vsock="kernel" if self.builder.hypervisor.facts().vhost_vsock else "vhost-user",
         )
         sandbox = self.adopt(record, SandboxStatus())
@@ -240,6 +241,7 @@ class SandboxManager:
             self.owner.spawn(f"events/{sandbox.short}", sandbox.session.follow(on_exit, on_connected)),
             self.owner.spawn(f"shim/{sandbox.short}", self._keep_shim(sandbox)),
             self.owner.spawn(f"domain/{sandbox.short}", self._await_death(sandbox)),
+            self.owner.spawn(f"share/{sandbox.short}", self._await_share(sandbox)),
         ]
 
     async def _keep_shim(self, sandbox: LiveSandbox) -> None:
@@ -264,6 +266,12 @@ class SandboxManager:
             sandbox.gone_detail += "; the host killed it for want of memory: its pod's cgroup is too small"
         log.warning("sandbox %s: its VM is gone: %s", sandbox.short, sandbox.gone_detail)
         self.owner.spawn(f"stop-dead/{sandbox.short}", self.stop(sandbox.id))
+
+    async def _await_share(self, sandbox: LiveSandbox) -> None:
+        """Whatever a container does on its mounts hangs without their server: such a pod is of no use."""
+        if sandbox.record.virtiofs != "off":
+            sandbox.gone_detail = await self.builder.shares.death(sandbox)
+            sandbox.gone.set()
 
     def _on_domain_event(self, event: DomainEvent) -> None:
         sandbox = self.index.find(event.sandbox_id) if event.sandbox_id else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
 from hyperpod.errors import InvalidArgument
+from hyperpod.spec.mounts import TAG
 
 NAMESPACE = "https://hyperpod.dev/domain/1"
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -21,7 +22,7 @@ VSOCK_PORT = "hpvsockrp"
 MEMORY_SLOTS = 8
 
 ROOT_PORTS = 12
-"""PCIe root ports of a VM. At most seven devices take one at start; the others wait for hot-plugged ones, since a
+"""PCIe root ports of a VM. At most eight devices take one at start; the others wait for hot-plugged ones, since a
 port itself cannot be hot-plugged. Unused ports cost nothing measurable."""
 
 UNITS_PER_TARGET = 256
@@ -87,6 +88,8 @@ class DomainSpec:
     uid: int
     gid: int
     nics: tuple[Nic, ...] = ()
+    share_socket: str | None = None
+    """Of a virtiofsd that listens already."""
 
 
 def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: str) -> ET.Element:
@@ -127,6 +130,19 @@ def disk_xml(disk: Disk) -> str:
     # Without an explicit address libvirt adds controllers of its own.
     _add(root, "address", type="drive", controller="0", bus="0", target=str(disk.target), unit=str(disk.unit))
     return ET.tostring(root, encoding="unicode")
+
+
+def share_xml(socket: str) -> str:
+    """The element for attaching the virtio-fs device."""
+    return ET.tostring(_share(ET.Element("devices"), socket), encoding="unicode")
+
+
+def _share(devices: ET.Element, socket: str) -> ET.Element:
+    share = _add(devices, "filesystem", type="mount", accessmode="passthrough")
+    _add(share, "driver", type="virtiofs", queue="1024")
+    _add(share, "source", socket=socket)
+    _add(share, "target", dir=TAG)
+    return share
 
 
 def _letters(number: int) -> str:
@@ -213,6 +229,8 @@ def _devices(devices: ET.Element, spec: DomainSpec) -> None:
         _add(serial, "target", port="0")
     for nic in spec.nics:
         _nic(devices, nic)
+    if spec.share_socket:
+        _share(devices, spec.share_socket)
     if spec.vsock_cid is not None:
         _add(_add(devices, "vsock", model="virtio"), "cid", auto="no", address=str(spec.vsock_cid))
     _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")

@@ -18,6 +18,7 @@ from hyperpod.errors import InvalidArgument
 from hyperpod.model.security import LinuxResources
 from hyperpod.spec import limits
 from hyperpod.spec.capabilities import ambient, of_container
+from hyperpod.spec.mounts import merged
 
 MAX_ARGS_BYTES = 1 << 20
 """Of argv and environment together; Linux itself takes at most 2 MiB with the default stack limit."""
@@ -80,6 +81,8 @@ class ContainerSpecInput:
     rlimits: tuple[tuple[str, int, int], ...] = ()
     """Type, soft, hard; what is not named is inherited from the agent."""
     resources: LinuxResources = field(default_factory=LinuxResources)
+    mounts: tuple[dict[str, Any], ...] = ()
+    """OCI mounts beside the default ones, which they win over."""
     annotations: tuple[tuple[str, str], ...] = ()
     seccomp: dict[str, Any] | None = None
     """An OCI seccomp object; None: no filter."""
@@ -91,7 +94,7 @@ def build_spec(spec: ContainerSpecInput) -> bytes:
         "ociVersion": "1.0.2",
         "process": _process(spec),
         "root": {"path": "", "readonly": spec.readonly_rootfs},
-        "mounts": _mounts(spec),
+        "mounts": merged(_mounts(spec), spec.mounts),
         "linux": {
             "cgroupsPath": "",
             "namespaces": [{"type": name} for name in _namespaces(spec)],

@@ -155,8 +155,8 @@ async def test_who_we_are(client: Client) -> None:
 async def test_refusals_come_before_any_work(client: Client) -> None:
     async with refused(Status.INVALID_ARGUMENT, "config is missing"):
         await client.runtime.run_pod_sandbox(cri.RunPodSandboxRequest())
-    mounts = cri.ContainerConfig(mounts=[cri.Mount(container_path="/x", host_path="/y")])
-    async with refused(Status.UNIMPLEMENTED, "config.mounts is set"):
+    mounts = cri.ContainerConfig(mounts=[cri.Mount(container_path="/x", image=cri.ImageSpec())])
+    async with refused(Status.UNIMPLEMENTED, "config.mounts[0].image is set"):
         await client.runtime.create_container(cri.CreateContainerRequest(config=mounts))
     async with refused(Status.INVALID_ARGUMENT, "timeout is -5"):
         await client.runtime.stop_container(cri.StopContainerRequest(container_id="a", timeout=-5))
@@ -175,8 +175,9 @@ async def test_the_log_says_what_a_call_is_about_and_no_secret(
     )
     async with refused(Status.UNIMPLEMENTED, "config.windows is set"):
         await client.runtime.run_pod_sandbox(cri.RunPodSandboxRequest(config=pod))
-    mounts = cri.ContainerConfig(metadata=cri.ContainerMetadata(name="main"), mounts=[cri.Mount()])
-    async with refused(Status.UNIMPLEMENTED, "config.mounts is set"):
+    mount = cri.Mount(mount_options=["noexec"])
+    mounts = cri.ContainerConfig(metadata=cri.ContainerMetadata(name="main"), mounts=[mount])
+    async with refused(Status.UNIMPLEMENTED, "config.mounts[0].mount_options is set"):
         await client.runtime.create_container(cri.CreateContainerRequest(config=mounts))
     auth = cri.AuthConfig(username="u", password="p4ssw0rd", registry_token="t0ken")
     image = cri.ImageSpec(image="box:1", runtime_handler="runc")

@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperpod.errors import InvalidArgument
-from hyperpod.spec.domain import NAMESPACE, QEMU_NAMESPACE, ROOT_PORTS, Disk, DomainSpec, disk_xml, domain_xml
+from hyperpod.spec.domain import (
+    NAMESPACE,
+    QEMU_NAMESPACE,
+    ROOT_PORTS,
+    Disk,
+    DomainSpec,
+    disk_xml,
+    domain_xml,
+    share_xml,
+)
 
 SPEC = DomainSpec(
     name="hp-abc",
@@ -150,3 +159,17 @@ def test_what_a_guest_does_not_get() -> None:
     memory = root.find("memory")
     assert memory is not None
     assert memory.get("dumpCore") == "off"
+
+
+def test_the_share_is_a_virtiofsd_that_listens() -> None:
+    assert parsed(SPEC).find("devices/filesystem") is None
+    share = parsed(replace(SPEC, share_socket="/r/m/abc/fs.sock")).find("devices/filesystem")
+    assert share is not None
+    [source, target, driver] = [share.find(name) for name in ("source", "target", "driver")]
+    assert source is not None
+    assert source.attrib == {"socket": "/r/m/abc/fs.sock"}
+    assert target is not None
+    assert target.get("dir") == "hyperpod"
+    assert driver is not None
+    assert driver.get("type") == "virtiofs"
+    assert ET.fromstring(share_xml("/r/m/abc/fs.sock")).find("source") is not None

@@ -117,11 +117,20 @@ def test_host_namespaces_are_refused_by_name(name: str) -> None:
         refusal.refuse(_container(namespace_options=options))
 
 
+def test_mounts_that_need_the_hosts_kernel_are_refused() -> None:
+    shared = cri.Mount(propagation=cri.MountPropagation.PROPAGATION_BIDIRECTIONAL)
+    config = cri.ContainerConfig(mounts=[cri.Mount(), shared])
+    with pytest.raises(
+        InvalidArgument, match=r"mounts\[1\]\.propagation is PROPAGATION_BIDIRECTIONAL: .*host pod"
+    ):
+        refusal.refuse(cri.CreateContainerRequest(config=config))
+
+
 def test_what_is_listed_is_named() -> None:
     config = cri.ContainerConfig(
-        mounts=[cri.Mount(container_path="/etc/hosts"), cri.Mount(container_path="/x")]
+        devices=[cri.Device(container_path="/dev/kvm"), cri.Device(container_path="/dev/x")]
     )
-    with pytest.raises(Unsupported, match=r"config\.mounts is set \('/etc/hosts', '/x'\)"):
+    with pytest.raises(Unsupported, match=r"config\.devices is set \('/dev/kvm', '/dev/x'\)"):
         refusal.refuse(cri.CreateContainerRequest(config=config))
     config = cri.ContainerConfig(CDI_devices=[cri.CdiDevice(name="vendor.com/gpu=0")])
     with pytest.raises(Unsupported, match=r"is set \('vendor.com/gpu=0'\)"):

@@ -86,7 +86,15 @@ def limits(**values: Any) -> dict[str, Any]:
 
 
 CONTAINERS: list[tuple[dict[str, Any], Status, str]] = [
-    ({"mounts": [cri.Mount(container_path="/m", host_path="/etc")]}, REFUSED, "mounts"),
+    (
+        {"mounts": [cri.Mount(container_path="/m", image=cri.ImageSpec(image="x"))]},
+        REFUSED,
+        "mounts[0].image",
+    ),
+    ({"mounts": [cri.Mount(container_path="/m", host_path="/no/such")]}, Status.NOT_FOUND, "/no/such"),
+    ({"mounts": [cri.Mount(container_path="/", host_path="/etc")]}, INVALID, "mounts[0].container_path"),
+    ({"mounts": [cri.Mount(container_path="m", host_path="/etc")]}, INVALID, "mounts[0].container_path 'm'"),
+    ({"mounts": [cri.Mount(container_path="/m", host_path="../x")]}, INVALID, "mounts[0].host_path '../x'"),
     ({"devices": [cri.Device(container_path="/dev/x", host_path="/dev/sda")]}, REFUSED, "'/dev/sda'"),
     ({"devices": [cri.Device(container_path="/dev/x", host_path="/dev/kvm")]}, WRONG_STATE, "'/dev/kvm'"),
     (security(privileged=True), INVALID, "pod whose security context is privileged"),

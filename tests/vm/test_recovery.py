@@ -103,7 +103,8 @@ async def test_a_host_reboot(own_daemon: Daemon) -> None:
 async def life(client: Cri) -> None:
     """A pod's whole life, meeting every failpoint."""
     pod = await client.run_pod()
-    container = await client.create(pod, "/bin/sh", "-c", "echo up; sleep 1")
+    mounts = [cri.Mount(container_path="/logs", host_path=str(client.daemon.logs))]
+    container = await client.create(pod, "/bin/sh", "-c", "echo up; sleep 1", mounts=mounts)
     await client.runtime.update_container_resources(
         cri.UpdateContainerResourcesRequest(
             container_id=container, linux=cri.LinuxContainerResources(cpu_shares=512)

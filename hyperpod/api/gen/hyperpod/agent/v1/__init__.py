@@ -151,6 +151,17 @@ class CreateContainerRequest(betterproto2.Message):
     Close the container's stdin when its first writer has left.
     """
 
+    share: "str" = betterproto2.field(8, betterproto2.TYPE_STRING)
+    """
+    Tag of the virtio-fs that mounts of the OCI spec come from, which is then mounted at
+    /run/hyperpod/share; empty: none of them does.
+    """
+
+    submounts: "list[str]" = betterproto2.field(9, betterproto2.TYPE_STRING, repeated=True)
+    """
+    Paths in the share that are mount points of the host below a read-only mount but writable themselves.
+    """
+
     security: "Security | None" = betterproto2.field(10, betterproto2.TYPE_MESSAGE, optional=True)
     """
     What only the place of the container can decide; absent: the OCI spec holds as it is.

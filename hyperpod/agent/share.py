@@ -1,0 +1,95 @@
+"""The host's folders and files for containers: one virtio-fs, mounted when the first container needs it.
+
+A container's own lie at <layout.share>/<short id>/<number>, and crun binds them from there. A folder is a mount of
+its own here, which the kernel makes when it is first walked into: that lets go of the host's files, when it goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+from hyperpod.agent import linux
+from hyperpod.agent.layout import Layout
+from hyperpod.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument
+from hyperpod.tasks import bounded
+
+log = logging.getLogger(__name__)
+
+DEVICE_TIMEOUT = 10.0
+"""Seconds for a device that was just plugged to be seen."""
+
+WALK_TIMEOUT = 10.0
+RETRY = 0.01
+
+
+class Share:
+    """The mounted share, of which there is one."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._mounted = False
+        self._lock = asyncio.Lock()
+
+    async def use(self, tag: str, submounts: Sequence[str]) -> None:
+        """Mount it if it is not, and walk into `submounts`, which are mounts below a read-only one.
+
+        Walked into before crun makes that one read-only, they keep the flags that they have here.
+        Raises FailedPrecondition when there is no such device, InvalidArgument.
+        """
+        if not self._layout.guest:
+            raise InvalidArgument("a host agent has the host's files: it has no share")
+        async with self._lock:
+            if not self._mounted:
+                await self._mount(tag)
+                self._mounted = True
+        if submounts:
+            await self._patiently(lambda: self._walk(submounts))
+
+    async def _patiently(self, work: Callable[[], None]) -> None:
+        """What walks in the share waits for the host's files, which may be another machine's: not on our loop."""
+        await bounded(asyncio.to_thread(work), WALK_TIMEOUT, "looking at the host's files")
+
+    def _walk(self, submounts: Sequence[str]) -> None:
+        for path in submounts:
+            try:
+                os.listdir(f"{self._layout.share}/{path}")
+            except OSError as exc:  # gone again on the host: then it is not there either
+                log.info("submount %s: %s", path, exc.strerror)
+
+    async def _mount(self, tag: str) -> None:
+        target, loop = self._layout.share, asyncio.get_running_loop()
+        os.makedirs(target, mode=0o711, exist_ok=True)
+        deadline = loop.time() + DEVICE_TIMEOUT
+        while True:
+            try:
+                # Without nosuid: a program on a volume runs as it would on the host's own mount of it.
+                linux.mount(tag, target, "virtiofs", linux.MS_NODEV)
+            except OSError as exc:
+                if exc.errno != 22 or loop.time() > deadline:  # EINVAL: no device with that tag yet
+                    raise FailedPrecondition(
+                        f"virtio-fs {tag[:40]!r} does not mount: {exc.strerror}"
+                    ) from exc
+            else:
+                return
+            await asyncio.sleep(RETRY)
+
+    async def drop(self, container: str) -> None:
+        """Unmount what a container had, so that the host's files are let go of; nothing there is fine."""
+        if self._mounted:
+            try:
+                await self._patiently(lambda: self._unmount(container))
+            except DeadlineExceeded as exc:
+                log.warning("container %s: its mounts stay: %s", container[:12], exc)
+
+    def _unmount(self, container: str) -> None:
+        folder = f"{self._layout.share}/{container[:12]}"
+        names = []
+        with contextlib.suppress(OSError):
+            names = os.listdir(folder)
+        for name in names:
+            with contextlib.suppress(OSError):  # a file, or a folder that nobody has walked into
+                linux.umount(f"{folder}/{name}", linux.MNT_DETACH)

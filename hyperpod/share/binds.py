@@ -1,0 +1,206 @@
+"""Folders and files of the host as mounts in a virtiofsd's mount namespace.
+
+A source is opened once, following symbolic links as containerd does; type, flags and the mount itself are those of
+that open file, so nothing can be swapped in between. Flags are set while the copy is still detached: a guest never
+sees a read-only mount writable. All functions block and raise hyperpod errors; `bind` and `seal` enter another
+mount namespace, so each needs a thread that ends with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+from hyperpod.errors import (
+    FailedPrecondition,
+    HyperpodError,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+    Unsupported,
+)
+from hyperpod.share import linux
+from hyperpod.spec.mountinfo import MountPoint, parse
+from hyperpod.spec.mounts import HostBind
+
+MAX_SUBMOUNTS = 256
+"""Of one source, that keep flags of their own under a read-only parent in the guest; the host's hold anyway."""
+
+_KINDS = (
+    (
+        stat.S_ISSOCK,
+        "a socket: who connects must be on the same kernel as who listens, and a pod in a VM is not",
+    ),
+    (stat.S_ISFIFO, "a FIFO: its two ends must be on the same kernel, and a pod in a VM is not"),
+    (stat.S_ISBLK, "a block device of the host, which a VM does not have"),
+    (stat.S_ISCHR, "a character device of the host, which a VM does not have"),
+)
+
+
+@dataclass
+class _Source:
+    """An opened source: `tree` is the detached copy of it."""
+
+    bind: HostBind
+    tree: int
+    folder: bool
+    submounts: list[str]
+
+
+def bind(namespace: str, share: Path, binds: Sequence[HostBind], cancelled: Event) -> list[str]:
+    """Put `binds` into the share; gives the paths in the share of mounts below read-only ones that stay writable.
+
+    `namespace`: of virtiofsd's mounts, a path in /proc. When it raises, `release` takes away what was made.
+    Raises NotFound for a missing source, Unsupported for one that cannot cross, FailedPrecondition,
+    Unavailable when virtiofsd is gone.
+    """
+    sources: list[_Source] = []
+    try:
+        table = parse(Path("/proc/thread-self/mountinfo").read_bytes())
+        for one in binds:
+            sources.append(_open(one, table))
+        if cancelled.is_set():
+            return []
+        for source in sources:
+            _mount_point(share / source.bind.place, folder=source.folder)
+        _enter(namespace)
+        for source in sources:
+            above, _, name = source.bind.place.rpartition("/")
+            _attach(source.tree, f"/{above}", name)
+    finally:
+        for source in sources:
+            os.close(source.tree)
+    return [path for source in sources for path in source.submounts]
+
+
+def seal(namespace: str) -> None:
+    """Make the share's own folder read-only for virtiofsd: a guest finds no place in it but what is mounted."""
+    _enter(namespace)
+    try:
+        linux.set_attributes(
+            linux.AT_FDCWD, b"/", attributes=linux.MOUNT_ATTR_RDONLY | linux.MOUNT_ATTR_NODEV, recursive=False
+        )
+    except OSError as exc:
+        raise HyperpodError(f"the share cannot be made read-only: {exc.strerror}") from exc
+
+
+def release(share: Path, short: str) -> None:
+    """Unmount a container's mounts and forget them; nothing there is fine. The rmdir of a mount point unmounts it
+    in other namespaces (rmdir(2) since Linux 3.18); one that is busy in ours is none that we made."""
+    folder = share / short
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(folder):
+            if entry.is_dir(follow_symlinks=False):
+                Path(entry.path).rmdir()
+            else:
+                Path(entry.path).unlink()
+        folder.rmdir()
+
+
+def _open(one: HostBind, table: dict[int, MountPoint]) -> _Source:
+    source, folder = -1, False
+    try:
+        source = os.open(one.source, os.O_PATH | os.O_CLOEXEC)
+        mode = os.fstat(source).st_mode
+        for is_kind, why in _KINDS:
+            if is_kind(mode):
+                raise Unsupported(f"mount source {one.source!r} for {one.destination!r} is {why}")
+        folder = stat.S_ISDIR(mode)
+        mount = table.get(_mount_id(source))
+        if one.follow and (mount is None or not mount.receives):
+            where = f"mount {mount.path!r}" if mount else "its mount"
+            raise FailedPrecondition(
+                f"mount source {one.source!r} for {one.destination!r}: propagation HOST_TO_CONTAINER needs a "
+                f"shared or slave mount, and {where} is private; `mount --make-rshared` it"
+            )
+        submounts = []
+        if one.readonly and not one.recursive and folder:
+            submounts = _submounts(str(Path(f"/proc/thread-self/fd/{source}").readlink()), table, one.place)
+        return _Source(one, _detached(source, one), folder, submounts)
+    except FileNotFoundError as exc:
+        raise NotFound(
+            f"mount source {one.source!r} for {one.destination!r} does not exist; make it and try again"
+        ) from exc
+    except OSError as exc:
+        kind = (
+            ResourceExhausted
+            if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOSPC)
+            else FailedPrecondition
+        )
+        raise kind(f"mount source {one.source!r} for {one.destination!r}: {exc.strerror}") from exc
+    finally:
+        if source >= 0:
+            os.close(source)
+
+
+def _detached(source: int, one: HostBind) -> int:
+    tree = linux.clone_tree(source)
+    try:
+        propagation = linux.MS_SLAVE if one.follow else linux.MS_PRIVATE
+        linux.set_attributes(
+            tree,
+            b"",
+            attributes=linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV,
+            propagation=propagation,
+            recursive=True,
+        )
+        if one.readonly:
+            linux.set_attributes(tree, b"", attributes=linux.MOUNT_ATTR_RDONLY, recursive=one.recursive)
+    except OSError:
+        os.close(tree)
+        raise
+    return tree
+
+
+def _mount_id(fd: int) -> int:
+    for line in Path(f"/proc/thread-self/fdinfo/{fd}").read_text().splitlines():
+        if line.startswith("mnt_id:"):
+            return int(line.split()[1])
+    return -1
+
+
+def _submounts(source: str, table: dict[int, MountPoint], place: str) -> list[str]:
+    """Writable mounts below `source`, as paths in the share; parents first."""
+    above = source.rstrip("/") + "/"
+    found = sorted(m.path for m in table.values() if m.path.startswith(above) and not m.readonly)
+    return [f"{place}/{path.removeprefix(above)}" for path in found[:MAX_SUBMOUNTS]]
+
+
+def _mount_point(path: Path, *, folder: bool) -> None:
+    try:
+        path.parent.mkdir(mode=0o711, exist_ok=True)
+        if folder:
+            path.mkdir(mode=0o700)
+        else:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError as exc:
+        kind = ResourceExhausted if exc.errno == errno.ENOSPC else HyperpodError
+        raise kind(f"mount point {path}: {exc.strerror}") from exc
+
+
+def _enter(namespace: str) -> None:
+    try:
+        fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            linux.enter_mount_namespace(fd)
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        raise Unavailable(f"the mounts of the pod's virtiofsd cannot be reached: {exc.strerror}") from exc
+
+
+def _attach(tree: int, folder: str, name: str) -> None:
+    try:
+        fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            linux.attach(tree, fd, name.encode())
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        raise HyperpodError(f"mounting {folder}/{name} in the share: {exc.strerror}") from exc

@@ -1,0 +1,137 @@
+"""What becomes of the mounts of a container's request: a pure plan.
+
+Each folder or file of the host comes through the sandbox's one virtio-fs share, at `<short id>/<number>` in it,
+and is bound from there to its destination by crun in the guest. Order and overriding are containerd's: parents
+before children, and a default mount gives way to one that is asked for at the same place.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hyperpod.errors import InvalidArgument
+from hyperpod.model.mounts import Mount, Propagation
+
+MAX_MOUNTS = 1024
+
+TAG = "hyperpod"
+"""Of the virtio-fs device."""
+
+GUEST_SHARE = "/run/hyperpod/share"
+"""Where the agent mounts the share."""
+
+VIA_SHARE = "virtio-fs bind"
+"""How a mount gets there, in the verbose status; others may be added beside it."""
+
+
+@dataclass(frozen=True)
+class HostBind:
+    """One folder or file of the host to be put at `place` in the share.
+
+    `readonly` covers its top mount, `recursive` also what is mounted below it; `follow`: mounts that the host makes
+    below the source later appear as well. `destination` is for error messages.
+    """
+
+    source: str
+    destination: str
+    place: str
+    readonly: bool
+    recursive: bool
+    follow: bool
+
+
+def clean(path: str) -> str:
+    """As Go's filepath.Clean: POSIX would keep two leading slashes."""
+    return posixpath.normpath("/" + path.lstrip("/"))
+
+
+def check(mounts: Sequence[Mount]) -> None:
+    """Raises InvalidArgument that names the mount that cannot be."""
+    if len(mounts) > MAX_MOUNTS:
+        raise InvalidArgument(f"config.mounts has {len(mounts)} items, at most {MAX_MOUNTS} are taken")
+    taken: dict[str, int] = {}
+    for number, mount in enumerate(mounts):
+        where = f"config.mounts[{number}]"
+        for name, path in (("container_path", mount.container_path), ("host_path", mount.host_path)):
+            if not path:
+                raise InvalidArgument(f"{where}.{name} is missing")
+            if not path.startswith("/"):
+                raise InvalidArgument(f"{where}.{name} {path[:200]!r} is not absolute")
+        destination = clean(mount.container_path)
+        if destination == "/":
+            raise InvalidArgument(f"{where}.container_path is the container's root, which its image is")
+        if (other := taken.setdefault(destination, number)) != number:
+            raise InvalidArgument(
+                f"{where}.container_path {destination[:200]!r} is that of mounts[{other}] too"
+            )
+        if mount.recursive_read_only and not mount.readonly:
+            raise InvalidArgument(f"{where}: recursive_read_only needs readonly")
+        if mount.recursive_read_only and mount.propagation is not Propagation.PRIVATE:
+            raise InvalidArgument(f"{where}: recursive_read_only needs propagation PRIVATE")
+
+
+def place(container_id: str, number: int) -> str:
+    """Where in the share a container's mount lies; holds no character that a path could misread."""
+    return f"{container_id[:12]}/{number}"
+
+
+def host_binds(mounts: Sequence[Mount], container_id: str) -> list[HostBind]:
+    """What the host has to put into the share."""
+    return [
+        HostBind(
+            source=mount.host_path,
+            destination=mount.container_path,
+            place=place(container_id, number),
+            readonly=mount.readonly,
+            recursive=mount.recursive_read_only,
+            follow=mount.propagation is Propagation.HOST_TO_CONTAINER,
+        )
+        for number, mount in enumerate(mounts)
+    ]
+
+
+def oci_mounts(mounts: Sequence[Mount], container_id: str) -> list[dict[str, Any]]:
+    """OCI mounts for crun in the guest, those with fewer parts in their destination first."""
+    built = []
+    for number, mount in enumerate(mounts):
+        follows = mount.propagation is Propagation.HOST_TO_CONTAINER
+        options = ["rbind", "rslave" if follows else "rprivate", "ro" if mount.readonly else "rw"]
+        built.append(
+            {
+                "destination": clean(mount.container_path),
+                "type": "bind",
+                "source": f"{GUEST_SHARE}/{place(container_id, number)}",
+                "options": options,
+            }
+        )
+    return sorted(built, key=lambda mount: str(mount["destination"]).count("/"))
+
+
+def merged(defaults: Sequence[dict[str, Any]], wanted: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Defaults without those that a wanted mount replaces, then the wanted ones.
+
+    A wanted /dev replaces all below it as well: it would hide them."""
+    taken = {clean(str(mount["destination"])) for mount in wanted}
+    kept = []
+    for mount in defaults:
+        destination = clean(str(mount["destination"]))
+        if destination in taken or ("/dev" in taken and destination.startswith("/dev/")):
+            continue
+        kept.append(mount)
+    return [*kept, *wanted]
+
+
+def explained(mounts: Sequence[Mount]) -> dict[str, str]:
+    """Destination to how it gets there, for the verbose status: one rule per mount."""
+    return {clean(m.container_path): _how(m) for m in mounts}
+
+
+def _how(mount: Mount) -> str:
+    access = "read-write"
+    if mount.readonly:
+        access = "read-only, enforced by the host" + (", recursively" if mount.recursive_read_only else "")
+    later = "later host mounts appear" if mount.propagation is Propagation.HOST_TO_CONTAINER else "private"
+    return f"{VIA_SHARE} of {mount.host_path}: {access}, {later}"

@@ -1,0 +1,258 @@
+"""The host's side of a share with real mounts, virtiofsd and QEMU; guests that use it are in tests/vm."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hyperpod.errors import FailedPrecondition, HyperpodError, NotFound, Unavailable, Unsupported
+from hyperpod.share import binds, virtiofsd
+from hyperpod.share.virtiofsd import FileServer, Program
+from hyperpod.spec import mountinfo
+from hyperpod.spec.mounts import HostBind
+
+SHORT = "0123456789ab"
+QEMU = ["qemu-system-x86_64", "-S", "-nodefaults", "-display", "none", "-m", "64"]
+MEMORY = ["-M", "q35,memory-backend=mem", "-object", "memory-backend-memfd,id=mem,size=64M,share=on"]
+
+
+def apart(work: Callable[..., Any], *arguments: Any) -> Any:
+    """In a thread of its own, which changes its mount namespace."""
+    out: list[Any] = []
+
+    def run() -> None:
+        try:
+            out.append(work(*arguments))
+        except HyperpodError as exc:
+            out.append(exc)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if isinstance(out[0], HyperpodError):
+        raise out[0]
+    return out[0]
+
+
+def which() -> Program:
+    found = virtiofsd.program()
+    assert found is not None
+    return found
+
+
+@contextlib.contextmanager
+def connected(server: FileServer) -> Iterator[str]:
+    """Started and confined: gives the namespace of its mounts."""
+    server.start(which(), 0, 0, [])
+    device = [
+        "-chardev",
+        f"socket,id=fs,path={server.socket}",
+        "-device",
+        "vhost-user-fs-pci,chardev=fs,tag=x",
+    ]
+    qemu = subprocess.Popen([*QEMU, *MEMORY, *device], stdin=subprocess.DEVNULL)
+    try:
+        yield server.namespace()
+    finally:
+        qemu.kill()
+        qemu.wait()
+        server.end()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> FileServer:
+    return FileServer(tmp_path / "m" / SHORT)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "file").write_text("mine")
+    return folder
+
+
+def one(source: Path, number: int = 0, **flags: bool) -> HostBind:
+    values = {"readonly": False, "recursive": False, "follow": False, **flags}
+    return HostBind(source=str(source), destination="/d", place=f"{SHORT}/{number}", **values)
+
+
+def put(namespace: str, server: FileServer, wanted: Sequence[HostBind]) -> list[str]:
+    found: list[str] = apart(binds.bind, namespace, server.share, wanted, threading.Event())
+    return found
+
+
+def table(namespace: str) -> dict[str, mountinfo.MountPoint]:
+    lines = Path(namespace.replace("ns/mnt", "mountinfo")).read_bytes()
+    return {mount.path: mount for mount in mountinfo.parse(lines).values()}
+
+
+def inside(namespace: str) -> Path:
+    return Path(namespace.replace("ns/mnt", "root"))
+
+
+def test_mounts_come_and_go_and_are_nowhere_else(server: FileServer, source: Path) -> None:
+    before = Path("/proc/self/mountinfo").read_text()
+    with connected(server) as namespace:
+        apart(binds.seal, namespace)
+        put(namespace, server, [one(source, 0, readonly=True), one(source, 1), one(source / "file", 2)])
+        found = table(namespace)
+        assert sorted(found) == ["/", *(f"/{SHORT}/{n}" for n in range(3))]
+        assert [found[path].readonly for path in sorted(found)] == [True, True, False, False]
+        assert Path("/proc/self/mountinfo").read_text() == before
+        assert (inside(namespace) / SHORT / "0" / "file").read_text() == "mine"
+        (inside(namespace) / SHORT / "1" / "new").touch()
+        assert (source / "new").exists()
+        for path in (SHORT, f"{SHORT}/0", "."):
+            with pytest.raises(OSError, match="Read-only file system"):
+                (inside(namespace) / path / "evil").touch()
+        binds.release(server.share, SHORT)
+        assert sorted(table(namespace)) == ["/"]
+        assert list(server.share.iterdir()) == []
+        binds.release(server.share, SHORT)
+        put(namespace, server, [one(source)])
+        pid = server.pid()
+    assert not server.folder.exists()
+    assert not Path(f"/proc/{pid}").exists()
+    assert sorted(path.name for path in source.iterdir()) == ["file", "new"]
+    assert Path("/proc/self/mountinfo").read_text() == before
+
+
+def test_nothing_stays_of_a_group_with_a_bad_one(server: FileServer, source: Path, tmp_path: Path) -> None:
+    with connected(server) as namespace:
+        with pytest.raises(NotFound, match=r"missing.*does not exist"):
+            put(namespace, server, [one(source), one(tmp_path / "missing", 1)])
+        with pytest.raises(Unsupported, match="character device"):
+            put(namespace, server, [one(source), one(Path("/dev/null"), 1)])
+        with pytest.raises(FailedPrecondition, match="File name too long"):
+            put(namespace, server, [one(Path("/" + "x" * 300))])
+        assert sorted(table(namespace)) == ["/"]
+        assert len(os.listdir("/proc/self/fd")) < 60
+
+
+def test_mounts_below_a_source(server: FileServer, source: Path) -> None:
+    (source / "sub").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(source / "sub")], check=True)
+    try:
+        with connected(server) as namespace:
+            plain, deep = one(source, 0, readonly=True), one(source, 1, readonly=True, recursive=True)
+            assert put(namespace, server, [plain, deep]) == [f"{SHORT}/0/sub"]
+            found = table(namespace)
+            assert [found[f"/{SHORT}/{path}"].readonly for path in ("0", "0/sub", "1", "1/sub")] == [
+                *(True, False, True, True)
+            ]
+            # Busy in that namespace only: the host goes on as if there were no pod.
+            subprocess.run(["umount", str(source / "sub")], check=True)
+            (source / "sub").rmdir()
+            subprocess.run(["mount", "-t", "tmpfs", "none", "."], check=True, cwd=_made(source / "sub"))
+    finally:
+        subprocess.run(["umount", str(source / "sub")], check=True)
+
+
+def _made(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_later_mounts_need_a_shared_source(server: FileServer, source: Path) -> None:
+    (source / "later").mkdir()
+    subprocess.run(["mount", "--bind", str(source), str(source)], check=True)
+    try:
+        subprocess.run(["mount", "--make-private", str(source)], check=True)
+        with connected(server) as namespace:
+            with pytest.raises(FailedPrecondition, match=r"source' is private; `mount --make-rshared`"):
+                put(namespace, server, [one(source, follow=True)])
+            subprocess.run(["mount", "--make-rshared", str(source)], check=True)
+            put(namespace, server, [one(source, 0, follow=True), one(source, 1)])
+            subprocess.run(["mount", "-t", "tmpfs", "none", str(source / "later")], check=True)
+            assert f"/{SHORT}/0/later" in table(namespace)
+            assert f"/{SHORT}/1/later" not in table(namespace)
+            subprocess.run(["umount", str(source / "later")], check=True)
+            assert f"/{SHORT}/0/later" not in table(namespace)
+    finally:
+        subprocess.run(["umount", "-l", str(source)], check=True)
+
+
+def test_a_late_thread_mounts_nothing_for_a_caller_that_left(server: FileServer, source: Path) -> None:
+    cancelled = threading.Event()
+    cancelled.set()
+    with connected(server) as namespace:
+        assert apart(binds.bind, namespace, server.share, [one(source)], cancelled) == []
+        assert sorted(table(namespace)) == ["/"]
+
+
+def test_an_end_without_a_start_and_after_a_death(server: FileServer, source: Path) -> None:
+    server.end()
+    with connected(server) as namespace:
+        put(namespace, server, [one(source)])
+        os.kill(server.pid(), signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while server.pid():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(FailedPrecondition, match="has ended"):
+            server.namespace()
+        with pytest.raises(Unavailable):
+            apart(binds.seal, "/proc/999999999/ns/mnt")
+    assert not server.folder.exists()
+    assert (source / "file").read_text() == "mine"
+
+
+def test_another_process_with_its_number_is_left_alone(server: FileServer) -> None:
+    server.folder.mkdir(parents=True)
+    with subprocess.Popen(["sleep", "100"]) as other:
+        (server.folder / "pid").write_text(str(other.pid))
+        assert server.pid() == 0
+        server.end()
+        assert other.poll() is None
+        other.kill()
+
+
+def test_it_joins_cgroups_and_speaks_before_it_dies(server: FileServer) -> None:
+    group = Path("/sys/fs/cgroup/pids") if Path("/sys/fs/cgroup/pids").is_dir() else Path("/sys/fs/cgroup")
+    group /= f"hyperpod-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        pid = server.start(which(), 0, 0, [str(group)])
+        _until(lambda: str(pid) in (group / "cgroup.procs").read_text().split())
+        server.end()
+        assert (group / "cgroup.procs").read_text() == ""
+    finally:
+        group.rmdir()
+    shutil.rmtree(server.share, ignore_errors=True)
+    server.start(Program(which().path, rust=not which().rust), 0, 0, [])  # options that it does not know
+    _until(lambda: not server.pid())
+    assert ": " in server.last_words()
+    server.end()
+
+
+def _until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_host_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(virtiofsd, "PLACES", "/nonexistent")
+    assert virtiofsd.program() is None
+
+
+def test_both_programs_are_told_the_same() -> None:
+    in_c = " ".join(virtiofsd.arguments(Program("/c", rust=False), "/a,b"))
+    in_rust = " ".join(virtiofsd.arguments(Program("/r", rust=True), "/a,b"))
+    assert "source=/a\\,b" in in_c
+    assert "--shared-dir=/a,b" in in_rust
+    for words in ("sandbox=namespace", "xattrmap=", "modcaps=-mknod", "--fd=3"):
+        assert words in in_c
+        assert words in in_rust
