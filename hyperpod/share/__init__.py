@@ -3,7 +3,7 @@
 `<run_dir>/m/<12 digits>/`, root's alone:
 
     fs.sock   what QEMU connects to, owned by the sandbox's user
-    pid       of virtiofsd
+    pid       of virtiofsd, and when it began
     log       a FIFO that holds virtiofsd's last words: bounded, whatever a guest makes it say
     share/    empty folders and files as mount points
 

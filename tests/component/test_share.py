@@ -211,7 +211,7 @@ def test_an_end_without_a_start_and_after_a_death(server: FileServer, source: Pa
 def test_another_process_with_its_number_is_left_alone(server: FileServer) -> None:
     server.folder.mkdir(parents=True)
     with subprocess.Popen(["sleep", "100"]) as other:
-        (server.folder / "pid").write_text(str(other.pid))
+        (server.folder / "pid").write_text(f"{other.pid} 12345")
         assert server.pid() == 0
         server.end()
         assert other.poll() is None

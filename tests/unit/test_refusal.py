@@ -127,11 +127,6 @@ def test_mounts_that_need_the_hosts_kernel_are_refused() -> None:
 
 
 def test_what_is_listed_is_named() -> None:
-    config = cri.ContainerConfig(
-        devices=[cri.Device(container_path="/dev/kvm"), cri.Device(container_path="/dev/x")]
-    )
-    with pytest.raises(Unsupported, match=r"config\.devices is set \('/dev/kvm', '/dev/x'\)"):
-        refusal.refuse(cri.CreateContainerRequest(config=config))
     config = cri.ContainerConfig(CDI_devices=[cri.CdiDevice(name="vendor.com/gpu=0")])
     with pytest.raises(Unsupported, match=r"is set \('vendor.com/gpu=0'\)"):
         refusal.refuse(cri.CreateContainerRequest(config=config))
