@@ -8,10 +8,11 @@ import re
 import subprocess
 from pathlib import Path
 
-from images import modules
+from images import bytecode, modules
 from kernel.artifacts import BuildError
 from kernel.packages import Entry
 
+HERE = Path(__file__).resolve().parent
 LIBRARIES = "usr/lib/x86_64-linux-gnu"
 LOADER = f"{LIBRARIES}/ld-linux-x86-64.so.2"
 
@@ -42,10 +43,17 @@ TEXTS = {
     "etc/os-release": 'ID=hyperpod\nNAME="hyperpod guest"\n',
 }
 
-# The kernel runs this as PID 1. -I: nothing from the environment, -S: no site-packages; both save time.
+# The kernel runs this as PID 1. -I: nothing from the environment, -S: no site-packages; both save time. While
+# the modules are imported there is no garbage to look for.
 INIT = """#!/usr/bin/python3 -IS
+import gc
+gc.disable()
+import importer
+importer.install()
 import sys
 from {entry} import main
+gc.freeze()
+gc.enable()
 sys.exit(main(["--guest"]))
 """
 
@@ -109,27 +117,48 @@ WITHOUT_STDLIB = frozenset(
 # Found by name at the interpreter's start, or when text is decoded.
 ENCODINGS = ("utf_8", "ascii", "latin_1", "idna", "aliases")
 
-# Modules of dependencies that would drag in a lot for nothing in the guest, replaced by these few words.
+# Modules that would drag in a lot for nothing in the guest, replaced by these few words.
 # betterproto2: its version comes from package metadata, which the guest has not (the compiler's check ran
-# when the code was generated). multidict: asks `platform` which Python this is, to choose the C version.
+# when the code was generated). multidict: asks `platform` which Python this is, to choose the C version, and
+# imports pathlib to tell where its headers are. grpclib asks `platform` for its user agent.
 STAND_INS = {
     "betterproto2._version": (
         '__version__ = "guest"\n\n\ndef check_compiler_version(compiler_version):\n    """Done on the host."""\n'
     ),
-    "multidict._compat": "USE_EXTENSIONS = False\n",
+    "multidict": (
+        "from ._abc import MultiMapping, MutableMultiMapping\n"
+        "from ._multidict_py import CIMultiDict, CIMultiDictProxy, MultiDict, MultiDictProxy, getversion, istr\n"
+    ),
+    "platform": (
+        'def system():\n    return "Linux"\n\n\n'
+        'def python_implementation():\n    return "CPython"\n\n\n'
+        "def python_version():\n    import sys\n\n    return sys.version.split()[0]\n"
+    ),
+    "typing_extensions": "from typing import Protocol, Self\n",
 }
 
-# Compiles [source, result, name shown in tracebacks] triples; unchecked hash: no times, no stat at start.
-COMPILE = """
-import json, py_compile, sys
-for source, result, shown in json.load(sys.stdin):
-    py_compile.compile(source, result, shown, doraise=True, optimize=0,
-                       invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
-"""
+# Modules that something imports at start and the agent uses later or never: their code runs at first use.
+LAZY = frozenset(
+    {
+        *("asyncio.sslproto", "asyncio.staggered", "inspect", "ipaddress", "json", "linecache", "locale"),
+        "textwrap",
+    }
+)
 
+# Files of their own: what the interpreter itself imports before the importer stands, and the landmark by which
+# it knows its library.
+BEFORE_IMPORTER = ("encodings", "encodings.aliases", "encodings.utf_8", "os")
+
+# Imports the agent as /init does, and then what is lazy.
 CHECK = """
-import importlib, json, sys
+import sys
+sys.path.insert(0, sys.argv[2])
+import importer
+importer.install()
+import importlib, json
 importlib.import_module(sys.argv[1])
+for module in list(sys.modules.values()):
+    hasattr(module, "no such attribute")
 json.dump([getattr(m, "__file__", None) or "" for m in sys.modules.values()], sys.stdout)
 """
 
@@ -166,13 +195,8 @@ class Builder:
 
     def add_agent(self, entry: str, agent: modules.Closure) -> None:
         """Compile the agent with all that it imports, and add the programs with all that they link to."""
-        compiled: dict[str, Path] = {}
-        for number, (name, text) in enumerate(sorted(STAND_INS.items())):
-            if name in agent.files:
-                compiled[name] = self._stage / f"stand-in-{number}.py"
-                compiled[name].write_text(text)
-        compiled = {**agent.files, **compiled}
-        wanted = [n for n in agent.unknown if not n.startswith(tuple(f"{m}." for m in STAND_INS))]
+        compiled = {**agent.files, **self._stand_ins(agent)}
+        wanted = [n for n in agent.unknown if n not in STAND_INS]
         standard = self._standard_library(
             [*wanted, "os", "encodings", *(f"encodings.{e}" for e in ENCODINGS)]
         )
@@ -189,9 +213,19 @@ class Builder:
         _write(self.tree, CRUN_VERSION, Entry(0o644, data=self._crun_version().encode()))
         _write(self.tree, "init", Entry(0o755, data=INIT.format(entry=entry).encode()))
 
+    def _stand_ins(self, agent: modules.Closure) -> dict[str, Path]:
+        found = {}
+        for name, text in STAND_INS.items():
+            if name in agent.files or name in agent.unknown:
+                package = name in agent.files and agent.files[name].name == "__init__.py"
+                found[name] = self._stage / "stand-in" / name / ("__init__.py" if package else "module.py")
+                found[name].parent.mkdir(parents=True)
+                found[name].write_text(text)
+        return found
+
     def check(self, entry: str) -> None:
         """Import the agent by the tree's own interpreter, and see that all came from the tree."""
-        done = self._run_python(self.tree, CHECK, entry)
+        done = self._run_python(self.tree, CHECK, entry, str(self.tree / self._lib))
         foreign = [f for f in json.loads(done) if f and not f.startswith(str(self.tree))]
         if foreign:
             raise BuildError(f"modules loaded from outside of the tree: {foreign}")
@@ -202,13 +236,38 @@ class Builder:
         return modules.follow(names, roots, WITHOUT_STDLIB, extensions=True).files
 
     def _compile(self, sources: dict[str, Path]) -> None:
-        jobs = []
-        for name, source in sorted(sources.items()):
-            relative = name.replace(".", "/") + ("/__init__" if source.name == "__init__.py" else "")
-            result = self.tree / self._lib / f"{relative}.pyc"
-            result.parent.mkdir(parents=True, exist_ok=True)
-            jobs.append((str(source), str(result), f"/{self._lib}/{relative}.py"))
-        self._run_python(self._stage, COMPILE, stdin=json.dumps(jobs))
+        """Put the byte code of all modules into the tree."""
+        library = self.tree / self._lib
+        (library / "encodings").mkdir(parents=True, exist_ok=True)
+        everything = {**sources, **self._bare_packages(sources)}
+        described = {name: self._source(name, path) for name, path in sorted(everything.items())}
+        files = [described[name] for name in BEFORE_IMPORTER]
+        files.append(self._source("importer", HERE / "importer.py"))
+        job = {
+            "archive": str(library / "modules"),
+            "modules": [source for name, source in described.items() if name not in BEFORE_IMPORTER],
+            "files": [
+                (source, str(library / source["shown"].partition(f"{self._lib}/")[2]) + "c")
+                for source in files
+            ],
+        }
+        self._run_python(self._stage, (HERE / "bytecode.py").read_text(), stdin=json.dumps(job))
+
+    def _bare_packages(self, sources: dict[str, Path]) -> dict[str, Path]:
+        """Folders of modules without an __init__.py: the archive has no folders, so they need an entry."""
+        empty = self._stage / "bare" / "__init__.py"
+        empty.parent.mkdir(exist_ok=True)
+        empty.write_text("")
+        parents = {name.rpartition(".")[0] for name in sources if "." in name}
+        while more := {name.rpartition(".")[0] for name in parents if "." in name} - parents:
+            parents |= more
+        return dict.fromkeys(parents - sources.keys(), empty)
+
+    def _source(self, name: str, path: Path) -> bytecode.Source:
+        package = path.name == "__init__.py"
+        relative = name.replace(".", "/") + ("/__init__" if package else "")
+        shown = f"/{self._lib}/{relative}.py"
+        return {"name": name, "path": str(path), "shown": shown, "package": package, "lazy": name in LAZY}
 
     def _run_python(self, root: Path, code: str, *arguments: str, stdin: str = "") -> str:
         command = [str(root / LOADER), "--library-path", str(root / LIBRARIES)]

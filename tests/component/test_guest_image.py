@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from images import modules
+from images import modules, tree
+from images.importer import Archive
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,7 +69,7 @@ def test_byte_code_only_and_no_ssl(content: Path) -> None:
     assert [
         p for p in files if p.name.startswith(("ssl.", "_ssl.", "libssl", "libcrypto", "_hashlib."))
     ] == []
-    assert any(p.parts[-3:] == ("hyperpod", "agent", "main.pyc") for p in files)
+    assert {"hyperpod.agent.main", "asyncio", "grpclib.server"} <= names(content)
 
 
 def test_byte_code_never_looks_at_a_source(content: Path) -> None:
@@ -84,17 +85,34 @@ def test_nothing_special_in_the_tree(content: Path) -> None:
         assert stat.S_ISLNK(mode) or not mode & 0o7022, f"{path} {oct(mode)}"
 
 
+def names(content: Path) -> set[str]:
+    """The modules in the guest's archive."""
+    return set(Archive(str(next(content.glob("usr/lib/python3*/modules")))).index)
+
+
 def test_agent_takes_none_of_the_hosts_side_along(content: Path) -> None:
-    ours = next(content.glob("usr/lib/python3*/hyperpod"))
-    assert not {p.name for p in ours.iterdir()} & {
-        "config.pyc",
-        "cri",
-        "store",
-        "hypervisor",
-        "image",
-        "sandbox",
-    }
-    assert not list(ours.parent.glob("pydantic*")) + list(ours.parent.glob("libvirt*"))
+    hosts = ("config", "cri", "store", "hypervisor", "image", "sandbox")
+    unwanted = tuple([f"hyperpod.{name}" for name in hosts] + ["pydantic", "libvirt"])
+    assert [name for name in names(content) if f"{name}.".startswith(tuple(f"{u}." for u in unwanted))] == []
+
+
+def test_start_runs_no_lazy_module(content: Path) -> None:
+    """What is lazy would not be lazy if an import of the agent used it."""
+    library = next(content.glob("usr/lib/python3*/importer.pyc")).parent
+    lazy = {name for name, entry in Archive(str(library / "modules")).index.items() if entry[3]}
+    code = (
+        f"import sys; sys.path.insert(0, {str(library)!r}); import importer; importer.install()\n"
+        "import hyperpod.agent.main\n"
+        "print(*[n for n, m in sys.modules.items() if type(m) is importer.LazyModule])"
+    )
+    libraries = content / tree.LIBRARIES
+    done = subprocess.run(
+        [content / tree.LOADER, "--library-path", libraries, content / "usr/bin/python3", "-ISB", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(done.stdout.split()) == lazy == tree.LAZY
 
 
 def test_import_closure_follows_code(tmp_path: Path) -> None:

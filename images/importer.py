@@ -1,0 +1,70 @@
+"""How the guest's Python finds its modules: in one file, and some of them not before they are used.
+
+Every path that an emulated guest looks up, and every line of code that it runs for the first time, costs boot time.
+So all byte code is in `modules` beside this file (images/bytecode.py writes it): 4 bytes with the length of the
+index, the index (marshal: name -> offset, size, is a package, is lazy), then one marshalled code object per module.
+
+A lazy module stands in sys.modules empty; its code runs when an attribute is asked for that it has not. Nothing
+here is safe against two threads that ask first at the same time: the agent does everything on its event loop.
+It imports only what the interpreter has loaded already: there is nothing yet that could find more.
+"""
+
+import sys
+from _frozen_importlib import ModuleSpec
+from marshal import loads
+from posix import O_CLOEXEC, O_RDONLY, pread
+from posix import open as open_file
+
+Index = dict[str, tuple[int, int, bool, bool]]
+ModuleType = type(sys)
+
+
+class LazyModule(ModuleType):
+    """Imported, but its code has not run."""
+
+    def __getattr__(self, name: str) -> object:
+        self.__class__ = ModuleType
+        spec = self.__spec__
+        assert spec is not None and isinstance(spec.loader, Archive)
+        try:
+            spec.loader.run(self)
+        except BaseException:
+            self.__class__ = LazyModule
+            raise
+        return getattr(self, name)
+
+
+class Archive:
+    """Finder and loader (importlib.abc's MetaPathFinder and Loader, which would have to be imported themselves)."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open_file(path, O_RDONLY | O_CLOEXEC)
+        length = int.from_bytes(pread(self._file, 4, 0), "little")
+        self.index: Index = loads(pread(self._file, length, 4))  # noqa: S302  # ours
+        self._start = 4 + length
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        entry = self.index.get(name)
+        return None if entry is None else ModuleSpec(name, self, is_package=entry[2])  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """The import system makes the module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        if self.index[module.__spec__.name][3]:
+            module.__class__ = LazyModule
+        else:
+            self.run(module)
+
+    def run(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        offset, size, _, _ = self.index[module.__spec__.name]
+        exec(loads(pread(self._file, size, self._start + offset)), module.__dict__)  # noqa: S102, S302  # ours
+
+
+def install() -> None:
+    """Look modules up in the archive from now on; what is not in it is an extension."""
+    folder = __file__.rpartition("/")[0]
+    sys.path[:] = [f"{folder}/lib-dynload"]
+    sys.meta_path.insert(-1, Archive(f"{folder}/modules"))  # type: ignore[arg-type]  # before the path's finder
