@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from images import modules, tree  # noqa: E402  (the path above is needed first)
+from images import envexec, modules, tree  # noqa: E402  (the path above is needed first)
 from kernel import packages  # noqa: E402
 from kernel.artifacts import (  # noqa: E402
     BuildError,
@@ -88,6 +88,7 @@ def inputs(
     return {
         "entry": entry,
         "fstype": fstype,
+        "envexec": envexec.inputs(),
         "sources": digest.hexdigest(),
         "packages": {p.name: [p.version, p.sha256] for p in debs},
     }

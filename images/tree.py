@@ -8,7 +8,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from images import bytecode, modules
+from images import bytecode, envexec, modules
 from kernel.artifacts import BuildError
 from kernel.packages import Entry
 
@@ -59,6 +59,9 @@ sys.exit(main(["--guest"]))
 
 # The C library opens it by name when a thread is cancelled, so nothing lists it as needed.
 OPENED_BY_NAME = (f"{LIBRARIES}/libgcc_s.so.1",)
+
+# What gives containers environment variables that are not UTF-8.
+ENVEXEC = "usr/lib/hyperpod/envexec"
 
 # What `crun --version` says, so that the agent need not start it to answer Hello (50 ms emulated).
 CRUN_VERSION = "etc/hyperpod/crun-version"
@@ -210,6 +213,7 @@ class Builder:
             self._copy(path)
         _write(self.tree, "usr/lib64/ld-linux-x86-64.so.2", Entry(0o777, link=f"/{LOADER}"))
         self._link_libraries(binaries)
+        _write(self.tree, ENVEXEC, Entry(0o755, data=envexec.build().read_bytes()))
         _write(self.tree, CRUN_VERSION, Entry(0o644, data=self._crun_version().encode()))
         _write(self.tree, "init", Entry(0o755, data=INIT.format(entry=entry).encode()))
 

@@ -24,6 +24,7 @@ from hyperpod.spec.oci import ContainerSpecInput, build_process, build_spec
 from hyperpod.vsock.dial import Endpoint, HostEndpoint
 from hyperpod.vsock.open import STDIO_PORT, open_agent
 from hyperpod.wire.stdio import HostReader, Open, StdinSender
+from images import envexec
 
 REPOSITORY = Path(__file__).parent.parent
 TIMEOUT = 60.0
@@ -103,7 +104,7 @@ async def host_agent(directory: Path, image: Path) -> AsyncIterator[AgentPlace]:
     process = subprocess.Popen(
         [sys.executable, "-m", "hyperpod.agent.main", "--host", str(state)],
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HYPERPOD_ENVEXEC": str(envexec.build())},
         stdin=subprocess.DEVNULL,
     )
     try:
@@ -201,10 +202,17 @@ class AgentKit:
                     return event.exited
         raise AssertionError("the events ended")
 
-    async def exec(self, ident: str, *args: str, tty: bool = False, stdin: bool = False) -> str:
+    async def exec(
+        self,
+        ident: str,
+        *args: str,
+        tty: bool = False,
+        stdin: bool = False,
+        env: tuple[bytes, ...] = (b"PATH=/bin",),
+    ) -> str:
         """A started exec's id."""
         exec_id = secrets.token_hex(16)
-        process = build_process(ContainerSpecInput(args=args, env=(b"PATH=/bin",), tty=tty))
+        process = build_process(ContainerSpecInput(args=args, env=env, tty=tty))
         await self.client.start_exec(ident, exec_id, process_json=process, tty=tty, stdin=stdin)
         return exec_id
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from hyperpod.agent import podfiles, rootfs, security
+from hyperpod.agent import envexec, podfiles, rootfs, security
 from hyperpod.agent.cgroups import Cgroups
 from hyperpod.agent.crun import Crun
 from hyperpod.agent.events import State, Status
@@ -54,16 +54,24 @@ class Tools:
         return ConsoleSocket(f"{self.layout.root}/t{self._consoles}")
 
     async def launch(
-        self, io: ProcessIO, call: Callable[[list[int], str | None], Any]
+        self,
+        io: ProcessIO,
+        variables: envexec.Variables | None,
+        call: Callable[[list[int], str | None], Any],
     ) -> tuple[int, asyncio.Future[int]]:
-        """Run crun with the process's streams; gives pid and exit code. Nothing is left when it fails."""
+        """Run crun with the process's streams; gives pid and exit code. When it fails, one that could not
+        be given its `variables` may still be about to end, and nothing else is left."""
         pipes = Pipes(io)
-        console = None
+        console = handover = None
         try:
             console = self.console() if io.tty else None
+            handover = envexec.Handover(variables) if variables else None
             with self.reaper.adopting() as window:
-                pid = await call(pipes.child, console.path if console else None)
+                child = [*pipes.child, *(handover.child if handover else ())]
+                pid = await call(child, console.path if console else None)
                 exited = self.reaper.watch(pid, window)
+            if handover is not None:
+                await handover.confirm()
             if console is not None:
                 io.attach_terminal(await console.receive())
             pipes.commit()
@@ -71,6 +79,8 @@ class Tools:
             pipes.close()
             if console is not None:
                 console.close()
+            if handover is not None:
+                handover.close()
         return pid, exited
 
 
@@ -97,15 +107,18 @@ class Exec:
         process["terminal"] = self.io.tty
         process["user"] = self.container.user
         security.complete(process, self.container.environment)
+        variables = envexec.take(process)
         path = f"{tools.layout.bundle(self.container.id)}/{self.id}"
         _write_json(path, process)
         tools.cgroups.make_exec(self.container.id, self.id)
         try:
             pid, exited = await tools.launch(
                 self.io,
+                variables,
                 lambda child, console: tools.crun.exec(self.container.id, self.id, path, child, console),
             )
         except (HyperpodError, OSError):
+            await tools.cgroups.kill(self.cgroup)
             tools.cgroups.remove(self.cgroup)
             raise
         finally:
@@ -168,6 +181,7 @@ class Container:
         self.environment: tuple[str, ...] = ()
         """Variables that it has unless others are given, for execs as well."""
         self.pid_target: Container | None = None
+        self._variables: envexec.Variables | None = None
         self._serials: list[str] = []
         self._lock = asyncio.Lock()
         self._over = asyncio.Event()
@@ -196,6 +210,7 @@ class Container:
                 security.complete(spec["process"], self.environment)
             self.user = spec["process"]["user"]
             podfiles.add_mounts(layout, spec)
+            self._variables = envexec.take(spec["process"])
             _write_json(f"{layout.bundle(self.id)}/config.json", spec)
         except (HyperpodError, OSError, KeyError, TypeError) as exc:
             await self._undo()
@@ -213,7 +228,9 @@ class Container:
                 self._join(self.pid_target)
             try:
                 pid, exited = await tools.launch(
-                    self.io, lambda child, console: tools.crun.run(self.id, child, console)
+                    self.io,
+                    self._variables,
+                    lambda child, console: tools.crun.run(self.id, child, console),
                 )
             except (HyperpodError, OSError):
                 await self._clear_cgroup()

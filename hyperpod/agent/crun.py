@@ -21,7 +21,10 @@ _MISSING = "executable file"
 
 
 class Crun:
-    """Each method is one call; all raise FailedPrecondition or NotFound with crun's reason."""
+    """Each method is one call; all raise FailedPrecondition or NotFound with crun's reason.
+
+    `child`: the descriptors that the process gets, as 0, 1, 2 and on.
+    """
 
     def __init__(self, layout: Layout, reaper: Reaper) -> None:
         self._layout, self._reaper = layout, reaper
@@ -40,7 +43,7 @@ class Crun:
         """Create and start; the pid of the first process, which is our child by then."""
         bundle = self._layout.bundle(container)
         pid_file = f"{bundle}/pid"
-        argv = ["run", "--detach", "--bundle", bundle, "--pid-file", pid_file]
+        argv = ["run", "--detach", "--bundle", bundle, "--pid-file", pid_file, *_preserved(child)]
         if console:
             argv += ["--console-socket", console]
         await self._call([*argv, container], child)
@@ -52,6 +55,7 @@ class Crun:
         """Start one more process; gives its pid."""
         pid_file = f"{process_file}.pid"
         argv = ["exec", "--detach", "--cgroup", cgroup, "--process", process_file, "--pid-file", pid_file]
+        argv += _preserved(child)
         if console:
             argv += ["--console-socket", console]
         try:
@@ -90,13 +94,20 @@ class Crun:
             *argv,
         ]
         try:
-            stdin, stdout, stderr = child
-            code, _ = await self._reaper.run(full, RUN_TIMEOUT, stdin=stdin, stdout=stdout, stderr=stderr)
+            stdin, stdout, stderr, *more = child
+            code, _ = await self._reaper.run(
+                full, RUN_TIMEOUT, stdin=stdin, stdout=stdout, stderr=stderr, more=more
+            )
             if code:
                 raise failure(argv[0], code, _read_log(log))
         finally:
             if os.path.exists(log):
                 os.unlink(log)
+
+
+def _preserved(child: list[int]) -> list[str]:
+    """The option for descriptors beyond the first three."""
+    return [f"--preserve-fds={len(child) - 3}"] if len(child) > 3 else []
 
 
 def failure(what: str, code: int, log: bytes) -> HyperpodError:

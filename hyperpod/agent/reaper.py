@@ -85,14 +85,15 @@ class Reaper:
         return future
 
     def spawn(
-        self, argv: Sequence[str], stdin: int, stdout: int, stderr: int
+        self, argv: Sequence[str], stdin: int, stdout: int, stderr: int, *more: int
     ) -> tuple[int, asyncio.Future[int]]:
-        """Start a program in a session of its own with these three fds; gives pid and exit code future.
+        """Start a program in a session of its own with these fds as 0, 1, 2 and on: pid, exit code future.
 
         Raises Unavailable when it cannot be started.
         """
-        # The three are first moved out of the way: one may be 0, 1 or 2 itself.
-        moved = [os.dup(fd) for fd in (stdin, stdout, stderr)]
+        # They are first moved out of the way, since one may be 0, 1 or 2 itself. The copies' numbers ascend from 3
+        # at least, so none is overwritten before it is used.
+        moved = [os.dup(fd) for fd in (stdin, stdout, stderr, *more)]
         try:
             actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(moved)]
             pid = os.posix_spawnp(
@@ -113,8 +114,11 @@ class Reaper:
         stdin: int | None = None,
         stdout: int | None = None,
         stderr: int | None = None,
+        more: Sequence[int] = (),
     ) -> tuple[int, bytes]:
         """Run a helper program to its end; gives its exit code and what it printed to the fds not given.
+
+        `more` become its fds 3 and on.
 
         At its timeout it is killed and DeadlineExceeded raised. Output beyond OUTPUT_LIMIT is dropped.
         """
@@ -129,6 +133,7 @@ class Reaper:
                     null if stdin is None else stdin,
                     writing if stdout is None else stdout,
                     writing if stderr is None else stderr,
+                    *more,
                 )
             finally:
                 os.close(writing)

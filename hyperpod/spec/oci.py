@@ -5,7 +5,8 @@ the container's; pid and ipc are either, as the request says.
 `root.path` and `linux.cgroupsPath` are the agent's to fill in.
 
 Environment: an OCI spec is JSON, so it can carry UTF-8 only (crun's parser refuses other bytes, and turns an
-escaped code point into its UTF-8). A value that is not UTF-8 is refused by name.
+escaped code point into its UTF-8). Variables that are not UTF-8 are in `process.binaryEnv`, a list of ours with
+the hexadecimal digits of each; the agent takes it out and hands them to the process past crun.
 """
 
 from __future__ import annotations
@@ -125,7 +126,9 @@ def _process(spec: ContainerSpecInput) -> dict[str, Any]:
     if not spec.cwd.startswith("/"):
         raise InvalidArgument(f"working directory {spec.cwd[:100]!r} is not absolute")
     args = [_text(f"argument {i}", arg) for i, arg in enumerate(spec.args)]
-    env = [_variable(item) for item in spec.env]
+    for item in spec.env:
+        _check_variable(item)
+    env, binary = _split(spec.env)
     if (size := sum(len(arg.encode()) for arg in spec.args) + sum(map(len, spec.env))) > MAX_ARGS_BYTES:
         raise InvalidArgument(f"arguments and environment are {size} bytes, over {MAX_ARGS_BYTES}")
     caps = of_container(
@@ -140,6 +143,8 @@ def _process(spec: ContainerSpecInput) -> dict[str, Any]:
         "capabilities": {"bounding": caps, "effective": caps, "permitted": caps},
         "noNewPrivileges": spec.no_new_privileges,
     }
+    if binary:
+        process["binaryEnv"] = binary
     if kept := ambient(spec.ambient_capabilities):
         process["capabilities"] |= {"inheritable": kept, "ambient": kept}
     if spec.rlimits:
@@ -161,7 +166,7 @@ def _text(what: str, value: str) -> str:
     return value
 
 
-def _variable(item: bytes) -> str:
+def _check_variable(item: bytes) -> None:
     name, equals, _ = item.partition(b"=")
     shown = name.decode(errors="replace")[:60]
     if not name or not equals or b"\0" in item:
@@ -170,10 +175,17 @@ def _variable(item: bytes) -> str:
         raise InvalidArgument(
             f"environment variable {shown!r} has {len(item)} bytes; Linux takes {MAX_STRING} in one"
         )
-    try:
-        return item.decode()
-    except UnicodeDecodeError as exc:
-        raise InvalidArgument(f"environment variable {shown!r} is not UTF-8, which is not built yet") from exc
+
+
+def _split(variables: tuple[bytes, ...]) -> tuple[list[str], list[str]]:
+    """Those that are UTF-8, and the others in hexadecimal."""
+    plain, binary = [], []
+    for item in variables:
+        try:
+            plain.append(item.decode())
+        except UnicodeDecodeError:
+            binary.append(item.hex())
+    return plain, binary
 
 
 def _namespaces(spec: ContainerSpecInput) -> list[str]:

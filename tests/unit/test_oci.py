@@ -71,7 +71,6 @@ def test_what_is_given_is_in_it() -> None:
         ({"args": ("a\0b",)}, "argument 0"),
         ({"args": ("\udcff",)}, "argument 0"),
         ({"cwd": "relative"}, "relative"),
-        ({"env": (b"NAME=\xff",)}, "NAME"),
         ({"env": (b"NAME",)}, "NAME"),
         ({"env": (b"=x",)}, "no name"),
         ({"env": (b"NAME=\0",)}, "NUL"),
@@ -85,6 +84,16 @@ def test_what_is_given_is_in_it() -> None:
 def test_what_cannot_be_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidArgument, match=named):
         built(**changes)
+
+
+@given(st.lists(st.binary(max_size=20).filter(lambda value: b"\0" not in value)))
+def test_every_variable_is_carried(values: list[bytes]) -> None:
+    """As text when it is UTF-8, else beside it in hexadecimal; nothing else is there for UTF-8 alone."""
+    env = tuple(b"V%d=%s" % item for item in enumerate(values))
+    process = json.loads(build_process(ContainerSpecInput(args=("x",), env=env)))
+    binary = [bytes.fromhex(item) for item in process.get("binaryEnv", [])]
+    assert sorted([*(item.encode() for item in process["env"]), *binary]) == sorted(env)
+    assert process.get("binaryEnv") != []
 
 
 @given(args=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=1))

@@ -16,6 +16,8 @@ from tests.daemonkit import BUSYBOX, Cri
 
 pytestmark = pytest.mark.vm
 
+BINARY = cri.KeyValue(key="BIN", value=b"\xff\xfe\n\xe9")
+
 
 async def test_the_guest_is_another_machine(cri_client: Cri, pod: str) -> None:
     other = await cri_client.run_pod()
@@ -51,8 +53,11 @@ async def test_success_is_completed(cri_client: Cri, pod: str) -> None:
     assert (status.exit_code, status.reason) == (0, "Completed")
 
 
-async def test_a_missing_entry_point_is_a_start_error(cri_client: Cri, pod: str) -> None:
-    container = await cri_client.create(pod, "/no/such/program")
+@pytest.mark.parametrize("envs", [[], [BINARY]])
+async def test_a_missing_entry_point_is_a_start_error(
+    cri_client: Cri, pod: str, envs: list[cri.KeyValue]
+) -> None:
+    container = await cri_client.create(pod, "/no/such/program", envs=envs)
     with pytest.raises(GRPCError) as info:
         await cri_client.start(container)
     assert "/no/such/program" in str(info.value.message)
@@ -164,6 +169,18 @@ async def test_environment_users_and_root(cri_client: Cri, pod: str) -> None:
     assert text[0].startswith("uid=1234 gid=77")
     assert "88" in text[0]
     assert text[1:] == ["/tmp", "hi", " c3 a9 0a", "readonly"]
+
+
+async def test_environment_that_is_no_text(cri_client: Cri, pod: str) -> None:
+    """A container has it byte by byte, and its execs too."""
+    show = "printf '%s' \"$BIN\" | od -An -tx1; exec sleep 600"
+    container = await cri_client.sh(pod, show, envs=[BINARY])
+    reply = await cri_client.exec(container, "/bin/sh", "-c", "printf '%s' \"$BIN\"; ls / >&2")
+    assert reply.stdout == BINARY.value and b"envexec" not in reply.stderr
+    assert [line for stream, _, line in await cri_client.log(container) if stream == "stdout"] == [
+        " ff fe 0a e9"
+    ]
+    await cri_client.stop(container)
 
 
 async def test_tty(cri_client: Cri, pod: str) -> None:

@@ -129,7 +129,8 @@ class CreateContainerRequest(betterproto2.Message):
 
     oci_spec: "bytes" = betterproto2.field(2, betterproto2.TYPE_BYTES)
     """
-    OCI runtime spec, UTF-8 JSON; the agent fills in root.path and linux.cgroupsPath.
+    OCI runtime spec, UTF-8 JSON; the agent fills in root.path and linux.cgroupsPath. process.binaryEnv, a list of
+    ours, has the environment variables that are not UTF-8, each as hexadecimal digits of "NAME=value".
     """
 
     layers: "list[Layer]" = betterproto2.field(3, betterproto2.TYPE_MESSAGE, repeated=True)
@@ -578,7 +579,7 @@ class StartExecRequest(betterproto2.Message):
 
     process_json: "bytes" = betterproto2.field(3, betterproto2.TYPE_BYTES)
     """
-    OCI process object, UTF-8 JSON.
+    OCI process object, UTF-8 JSON; binaryEnv as in CreateContainerRequest.oci_spec.
     """
 
     tty: "bool" = betterproto2.field(4, betterproto2.TYPE_BOOL)
