@@ -223,10 +223,13 @@ class Cri:
 
     async def create(self, pod: str, *argv: str, name: str = "", **more: Any) -> str:
         name = name or f"c-{secrets.token_hex(3)}"
-        values: dict[str, Any] = {"command": list(argv), "log_path": f"{name}.log", **more}
-        config = cri.ContainerConfig(
-            metadata=cri.ContainerMetadata(name=name), image=cri.ImageSpec(image=BUSYBOX), **values
-        )
+        values: dict[str, Any] = {
+            "image": cri.ImageSpec(image=BUSYBOX),
+            "command": list(argv),
+            "log_path": f"{name}.log",
+            **more,
+        }
+        config = cri.ContainerConfig(metadata=cri.ContainerMetadata(name=name), **values)
         request = cri.CreateContainerRequest(pod_sandbox_id=pod, config=config)
         return (await self.runtime.create_container(request)).container_id
 
