@@ -6,11 +6,13 @@ import asyncio
 import os
 import stat
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hyperpod.agent import linux
 from hyperpod.errors import FailedPrecondition, InvalidArgument
-from hyperpod.spec.users import Identity, resolve
+
+if TYPE_CHECKING:
+    from hyperpod.spec.users import Identity
 
 FILE_LIMIT = 1 << 20
 """Bytes of an image's passwd or group file; 10,000 users have 0.7 MB."""
@@ -67,6 +69,8 @@ def complete(process: dict[str, Any], lacking: tuple[str, ...]) -> None:
 
 
 def _identity(root: str, wanted: Security, supplemental: list[int]) -> Identity:
+    from hyperpod.spec.users import resolve  # not needed before the first container
+
     folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return resolve(

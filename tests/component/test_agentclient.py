@@ -15,7 +15,7 @@ from hyperpod.agentclient import client as client_module
 from hyperpod.agentclient.channel import MAX_MESSAGE
 from hyperpod.agentclient.client import AgentClient
 from hyperpod.agentclient.protocol import BURST, FRAME_COST, MAX_UNSENT, RATE, Budget
-from hyperpod.agentclient.types import ContainerInfo
+from hyperpod.agentclient.types import ContainerInfo, Security
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import (
     DeadlineExceeded,
@@ -87,6 +87,24 @@ async def test_states_that_cannot_be(tmp_path: Path, state: v1.ContainerState) -
     async with hostile(tmp_path, replying(payload)) as (_, client):
         with pytest.raises(GuestError):
             await client.list_containers()
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        bytes(v1.User(uid=2**32 - 1)),
+        bytes(v1.User(gid=2**32 - 1)),
+        bytes(v1.User(groups=[5, 2**32 - 1])),
+        bytes(v1.User(groups=list(range(5000)))),
+        b"\x08" + b"\xff" * 9 + b"\x01",  # uid: 64 bits
+    ],
+)
+async def test_users_that_cannot_be(tmp_path: Path, user: bytes) -> None:
+    length = len(user)
+    prefix = bytes([0x0A, length & 127 | 128, length >> 7])  # a varint of two bytes, whatever the length
+    async with hostile(tmp_path, replying(prefix + user)) as (_, client):
+        with pytest.raises((GuestError, ProtocolError)):
+            await client.create_container(ID, oci_spec=b"{}", layers=[], security=Security(user="bob"))
 
 
 async def test_texts_are_escaped_and_bounded(tmp_path: Path) -> None:
