@@ -82,7 +82,7 @@ class Console:
             self._writer.close()
             with contextlib.suppress(ConnectionError):
                 await self._writer.wait_closed()
-        self.path.unlink()
+        self.path.unlink(missing_ok=True)  # from Python 3.13 on the server removes it
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
