@@ -234,6 +234,13 @@ async def test_what_is_wrong_is_said_and_a_retry_after_the_mend_works(own_daemon
         two = await client.run_pod()
         assert await addresses(client, two) == [f"{network.v4}.2"]
         await client.remove_pod(two)
+        bridge["ipam"] |= {"ranges": [[{"subnet": f"{network.v6}:/64"}]], "routes": [{"dst": "::/0"}]}
+        network.write(bridge)
+        six = await client.run_pod()
+        assert await addresses(client, six) == [f"{network.v6}:2"], "a pod of the other family"
+        await client.sh(six, SERVE)
+        assert (await fetch(f"{network.v6}:2")).startswith("hello from pod-")
+        await client.remove_pod(six)
     assert own_daemon.leftovers() == []
 
 
