@@ -7,7 +7,6 @@ CREATED --start fails--> CREATED;   any state --remove--> gone
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -115,7 +114,14 @@ class Exec:
             pid, exited = await tools.launch(
                 self.io,
                 variables,
-                lambda child, console: tools.crun.exec(self.container.id, self.id, path, child, console),
+                lambda child, console: tools.crun.exec(
+                    self.container.id,
+                    self.id,
+                    path,
+                    child,
+                    console,
+                    oom_score_adj=int(process.get("oomScoreAdj", 0)),
+                ),
             )
         except (HyperpodError, OSError):
             await tools.cgroups.kill(self.cgroup)
@@ -123,9 +129,6 @@ class Exec:
             raise
         finally:
             os.unlink(path)
-        if score := process.get("oomScoreAdj"):  # crun sets it for a container's first process only
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
-                file.write(str(int(score)))
         self.exited = exited
         exited.add_done_callback(lambda _: self.io.process_ended())
         return pid

@@ -50,16 +50,24 @@ class Crun:
         return _read_pid(pid_file)
 
     async def exec(
-        self, container: str, cgroup: str, process_file: str, child: list[int], console: str | None
+        self,
+        container: str,
+        cgroup: str,
+        process_file: str,
+        child: list[int],
+        console: str | None,
+        *,
+        oom_score_adj: int,
     ) -> int:
-        """Start one more process; gives its pid."""
+        """Start one more process; gives its pid. It inherits the score from crun, which sets it for a container's
+        first process only."""
         pid_file = f"{process_file}.pid"
         argv = ["exec", "--detach", "--cgroup", cgroup, "--process", process_file, "--pid-file", pid_file]
         argv += _preserved(child)
         if console:
             argv += ["--console-socket", console]
         try:
-            await self._call([*argv, container], child)
+            await self._call([*argv, container], child, oom_score_adj)
             return _read_pid(pid_file)
         finally:
             if os.path.exists(pid_file):
@@ -81,7 +89,7 @@ class Crun:
         """
         remove_tree(f"{self._layout.crun_root}/{container}")
 
-    async def _call(self, argv: list[str], child: list[int]) -> None:
+    async def _call(self, argv: list[str], child: list[int], oom_score_adj: int = 0) -> None:
         self._calls += 1
         log = f"{self._layout.root}/crun{self._calls}.log"
         full = [
@@ -96,7 +104,13 @@ class Crun:
         try:
             stdin, stdout, stderr, *more = child
             code, _ = await self._reaper.run(
-                full, RUN_TIMEOUT, stdin=stdin, stdout=stdout, stderr=stderr, more=more
+                full,
+                RUN_TIMEOUT,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                more=more,
+                oom_score_adj=oom_score_adj,
             )
             if code:
                 raise failure(argv[0], code, _read_log(log))

@@ -33,6 +33,26 @@ def exit_code(status: int) -> int:
     return code if code >= 0 else 128 - code
 
 
+@contextlib.contextmanager
+def _oom_score(value: int) -> Iterator[None]:
+    """Children started in here inherit the score; ours is as before afterwards. 0: as it is.
+
+    A host may forbid a lower one (it takes CAP_SYS_RESOURCE): then they have ours."""
+    if not value:
+        yield
+        return
+    path = "/proc/self/oom_score_adj"
+    with open(path) as file:
+        before = file.read()
+    with contextlib.suppress(PermissionError), open(path, "w") as file:
+        file.write(str(value))
+    try:
+        yield
+    finally:
+        with open(path, "w") as file:
+            file.write(before)
+
+
 class Reaper:
     """Reaps all children of this process; made and closed on the event loop's thread."""
 
@@ -85,7 +105,7 @@ class Reaper:
         return future
 
     def spawn(
-        self, argv: Sequence[str], stdin: int, stdout: int, stderr: int, *more: int
+        self, argv: Sequence[str], stdin: int, stdout: int, stderr: int, *more: int, oom_score_adj: int = 0
     ) -> tuple[int, asyncio.Future[int]]:
         """Start a program in a session of its own with these fds as 0, 1, 2 and on: pid, exit code future.
 
@@ -96,9 +116,16 @@ class Reaper:
         moved = [os.dup(fd) for fd in (stdin, stdout, stderr, *more)]
         try:
             actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(moved)]
-            pid = os.posix_spawnp(
-                argv[0], list(argv), _ENV, file_actions=actions, setsid=True, setsigmask=(), setsigdef=_RESET
-            )
+            with _oom_score(oom_score_adj):
+                pid = os.posix_spawnp(
+                    argv[0],
+                    list(argv),
+                    _ENV,
+                    file_actions=actions,
+                    setsid=True,
+                    setsigmask=(),
+                    setsigdef=_RESET,
+                )
         except OSError as exc:
             raise Unavailable(f"{argv[0]} cannot be started: {exc.strerror}") from exc
         finally:
@@ -115,6 +142,7 @@ class Reaper:
         stdout: int | None = None,
         stderr: int | None = None,
         more: Sequence[int] = (),
+        oom_score_adj: int = 0,
     ) -> tuple[int, bytes]:
         """Run a helper program to its end; gives its exit code and what it printed to the fds not given.
 
@@ -134,6 +162,7 @@ class Reaper:
                     writing if stdout is None else stdout,
                     writing if stderr is None else stderr,
                     *more,
+                    oom_score_adj=oom_score_adj,
                 )
             finally:
                 os.close(writing)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import secrets
 import signal
+from dataclasses import replace
 
 import pytest
 
@@ -18,7 +19,7 @@ from hyperpod.errors import (
     NotFound,
 )
 from hyperpod.model.security import LinuxResources
-from hyperpod.spec.oci import ContainerSpecInput, build_spec
+from hyperpod.spec.oci import ContainerSpecInput, build_process, build_spec
 from tests.agentkit import AgentKit
 
 
@@ -327,3 +328,18 @@ async def test_huge_pages_and_swap_that_are_not_there(agent: AgentKit) -> None:
     some = LinuxResources(hugepage_limits=(("512GB", 1 << 40),))
     with pytest.raises(InvalidArgument, match="no huge pages of 512GB"):
         await agent.create(spec=ContainerSpecInput(args=("true",), resources=some))
+
+
+async def test_execs_have_the_score_of_their_container_from_the_start(agent: AgentKit) -> None:
+    spec = ContainerSpecInput(args=("sleep", "1000"), resources=LinuxResources(oom_score_adj=700))
+    ident = await agent.create(spec=spec)
+    await agent.client.start_container(ident)
+    process = build_process(replace(spec, args=("cat", "/proc/self/oom_score_adj"), env=(b"PATH=/bin",)))
+    for _ in range(5):
+        exec_id = secrets.token_hex(16)
+        await agent.client.start_exec(ident, exec_id, process_json=process)
+        async with agent.output(ident, exec_id) as out:
+            assert await out.read_all() == b"700\n"
+    plain = await agent.exec(ident, "cat", "/proc/self/oom_score_adj")
+    async with agent.output(ident, plain) as out:
+        assert await out.read_all() != b"700\n", "the agent's own score is as before"
