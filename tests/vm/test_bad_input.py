@@ -51,7 +51,8 @@ LINUX_OF_A_POD: list[tuple[dict[str, Any], Status, str]] = [
     (pod_security(namespace_options=cri.NamespaceOption(network=NODE)), INVALID, "network"),
     (pod_security(namespace_options=cri.NamespaceOption(ipc=NODE)), INVALID, "ipc"),
     (pod_security(namespace_options=cri.NamespaceOption(pid=cri.NamespaceMode(9))), INVALID, "pid"),
-    ({"sysctls": {"kernel.shm_rmid_forced": "1"}}, REFUSED, "sysctls"),
+    ({"sysctls": {"../kernel": "1"}}, INVALID, "'../kernel'"),
+    (pod_security(namespace_options=cri.NamespaceOption(pid=TARGET)), INVALID, "pid"),
 ]
 
 
@@ -67,11 +68,10 @@ async def test_pods_that_cannot_be(cri_client: Cri) -> None:
         ("hostname", "h" * 65, "hostname"),
         ("hostname", "a/b", "hostname"),
         ("log_directory", "relative", "log_directory"),
-        ("port_mappings", [cri.PortMapping(container_port=80, host_port=80)], "host_port"),
+        ("port_mappings", [cri.PortMapping(container_port=80, host_port=70_000)], "host_port"),
     ):
         config = dataclasses.replace(plain, **{field: value})  # type: ignore[arg-type]
-        status = REFUSED if text == "host_port" else INVALID
-        await refused(cri_client.run_pod(config), status, text)
+        await refused(cri_client.run_pod(config), INVALID, text)
     handler = request(config=cri_client.pod_config(), runtime_handler="runc")
     await refused(cri_client.runtime.run_pod_sandbox(handler), INVALID, "'runc'")
     assert (await cri_client.runtime.list_pod_sandbox(cri.ListPodSandboxRequest())).items == []
