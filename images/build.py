@@ -111,6 +111,7 @@ def build(folder: Path, entry: str, fstype: str, agent: modules.Closure, given: 
     with tempfile.TemporaryDirectory(prefix="work-", dir=folder) as work:
         builder = tree.Builder(Path(work), entries, python)
         builder.add_agent(entry, agent)
+        builder.add_texts(entry)
         builder.check(entry)
         image = folder / "root.img"
         command = [part.format(tree=builder.tree, image=image) for part in FORMATS[fstype]]

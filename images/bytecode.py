@@ -1,7 +1,8 @@
 """Compiles modules for the guest: run by its own Python, whose byte code it is, with a Job as JSON on stdin.
 
 Documentation is left out: reading it costs boot time. A decorated class gets its name as its documentation,
-since `dataclass` would otherwise compute a signature for it, for which it needs all of `inspect`.
+since `dataclass` would otherwise compute a signature for it, for which it needs all of `inspect`. Modules that
+make functions of text ask importer.texts for the code.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import marshal
 import sys
 from importlib.util import MAGIC_NUMBER
 from typing import Any, TypedDict
+
+TEXTS = "<texts>"
+"""The name of the texts' entry: importer.TEXTS, which a build cannot import."""
 
 PYC_HEADER = MAGIC_NUMBER + b"\1\0\0\0" + bytes(8)
 """Hash-based and unchecked (PEP 552): no times in it, no look at a source at start."""
@@ -28,11 +32,28 @@ class Source(TypedDict):
 
 
 class Job(TypedDict):
-    """`modules` go into `archive` (its format: images/importer.py), `files` become .pyc files of their own."""
+    """`modules` and `texts` (mode and text) go into `archive` (its format: images/importer.py), `files` become .pyc
+    files of their own."""
 
     archive: str
     modules: list[Source]
+    texts: list[tuple[str, str]]
     files: list[tuple[Source, str]]
+
+
+MAKE_CODE = frozenset({"collections", "dataclasses"})
+"""Modules whose exec and eval of text go through importer.texts."""
+
+
+class _Precompiled(ast.NodeTransformer):
+    def visit_Call(self, node: ast.Call) -> ast.AST:  # ast's name
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Name) and node.func.id in ("exec", "eval"):
+            look_up = ast.parse("__import__('importer').texts.compiled(0, 0)", mode="eval").body
+            assert isinstance(look_up, ast.Call)
+            look_up.args = [node.args[0], ast.Constant(node.func.id)]
+            node.args[0] = look_up
+        return node
 
 
 class _Brief(ast.NodeTransformer):
@@ -62,17 +83,21 @@ def compiled(source: Source) -> Any:
     """The code object of a module, without documentation."""
     with open(source["path"], "rb") as file:
         tree = _Brief().visit(ast.parse(file.read(), source["shown"]))
+    if source["name"] in MAKE_CODE:
+        tree = _Precompiled().visit(tree)
     return compile(ast.fix_missing_locations(tree), source["shown"], "exec", dont_inherit=True, optimize=0)
 
 
-def archive(sources: list[Source]) -> bytes:
+def archive(sources: list[Source], texts: list[tuple[str, str]]) -> bytes:
     """What importer.Archive reads."""
     index: dict[str, tuple[int, int, bool, bool]] = {}
     parts: list[bytes] = []
     offset = 0
-    for source in sources:
-        code = marshal.dumps(compiled(source))
-        index[source["name"]] = (offset, len(code), source["package"], source["lazy"])
+    codes = {(mode, text): compile(text, "<string>", mode, 0, True) for mode, text in texts}
+    contents = [(source["name"], compiled(source), source["package"], source["lazy"]) for source in sources]
+    for name, content, package, lazy in [*contents, (TEXTS, codes, False, False)]:
+        code = marshal.dumps(content)
+        index[name] = (offset, len(code), package, lazy)
         parts.append(code)
         offset += len(code)
     head = marshal.dumps(index)
@@ -82,7 +107,7 @@ def archive(sources: list[Source]) -> bytes:
 def main() -> None:
     job: Job = json.load(sys.stdin)
     with open(job["archive"], "wb") as file:
-        file.write(archive(job["modules"]))
+        file.write(archive(job["modules"], job["texts"]))
     for source, result in job["files"]:
         with open(result, "wb") as file:
             file.write(PYC_HEADER + marshal.dumps(compiled(source)))

@@ -4,6 +4,9 @@ Every path that an emulated guest looks up, and every line of code that it runs 
 So all byte code is in `modules` beside this file (images/bytecode.py writes it): 4 bytes with the length of the
 index, the index (marshal: name -> offset, size, is a package, is lazy), then one marshalled code object per module.
 
+`dataclass` and `namedtuple` write functions as text and have it compiled. What they write when the agent is
+imported is in the archive as well, already compiled: under TEXTS, a dict of mode and text to code object.
+
 A lazy module stands in sys.modules empty; its code runs when an attribute is asked for that it has not. Nothing
 here is safe against two threads that ask first at the same time: the agent does everything on its event loop.
 It imports only what the interpreter has loaded already: there is nothing yet that could find more.
@@ -14,6 +17,9 @@ from _frozen_importlib import ModuleSpec
 from marshal import loads
 from posix import O_CLOEXEC, O_RDONLY, pread
 from posix import open as open_file
+
+TEXTS = "<texts>"
+"""In the index; no module can have this name."""
 
 Index = dict[str, tuple[int, int, bool, bool]]
 ModuleType = type(sys)
@@ -34,6 +40,26 @@ class LazyModule(ModuleType):
         return getattr(self, name)
 
 
+class Texts:
+    """Stands for `compile` in modules that make code of text."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, str], object] = {}
+        self.unknown: list[tuple[str, str]] | None = None
+        """Mode and text of what had to be compiled, when a build wants to know."""
+
+    def compiled(self, text: str, mode: str) -> object:
+        code = self.known.get((mode, text))
+        if code is None:
+            code = compile(text, "<string>", mode, 0, True)
+            if self.unknown is not None:
+                self.unknown.append((mode, text))
+        return code
+
+
+texts = Texts()
+
+
 class Archive:
     """Finder and loader (importlib.abc's MetaPathFinder and Loader, which would have to be imported themselves)."""
 
@@ -42,6 +68,12 @@ class Archive:
         length = int.from_bytes(pread(self._file, 4, 0), "little")
         self.index: Index = loads(pread(self._file, length, 4))  # noqa: S302  # ours
         self._start = 4 + length
+
+    def texts(self) -> dict[tuple[str, str], object]:
+        """What TEXTS has."""
+        offset, size, _, _ = self.index[TEXTS]
+        found: dict[tuple[str, str], object] = loads(pread(self._file, size, self._start + offset))  # noqa: S302  # ours
+        return found
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         entry = self.index.get(name)
@@ -67,4 +99,6 @@ def install() -> None:
     """Look modules up in the archive from now on; what is not in it is an extension."""
     folder = __file__.rpartition("/")[0]
     sys.path[:] = [f"{folder}/lib-dynload"]
-    sys.meta_path.insert(-1, Archive(f"{folder}/modules"))  # type: ignore[arg-type]  # before the path's finder
+    archive = Archive(f"{folder}/modules")
+    texts.known = archive.texts()
+    sys.meta_path.insert(-1, archive)  # type: ignore[arg-type]  # before the path's finder

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from images import bytecode, envexec, modules
 from kernel.artifacts import BuildError
@@ -152,14 +153,26 @@ LAZY = frozenset(
 # it knows its library.
 BEFORE_IMPORTER = ("encodings", "encodings.aliases", "encodings.utf_8", "os")
 
-# Imports the agent as /init does, and then what is lazy.
+# Imports the agent as /init does, and prints the texts that it had to compile.
+WRITTEN = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import importer
+importer.install()
+importer.texts.unknown = []
+__import__(sys.argv[1])
+import json
+json.dump(importer.texts.unknown, sys.stdout)
+"""
+
+# The same, and then what is lazy; prints the files of modules.
 CHECK = """
 import sys
 sys.path.insert(0, sys.argv[2])
 import importer
 importer.install()
-import importlib, json
-importlib.import_module(sys.argv[1])
+__import__(sys.argv[1])
+import json
 for module in list(sys.modules.values()):
     hasattr(module, "no such attribute")
 json.dump([getattr(m, "__file__", None) or "" for m in sys.modules.values()], sys.stdout)
@@ -182,6 +195,7 @@ class Builder:
         self.tree = work / "tree"
         self._stage = work / "stage"  # complete packages: the interpreter that compiles, sources
         self._entries = entries
+        self._job: dict[str, Any] = {}
         self._python = python
         self._lib = f"usr/lib/python{python}"
         for path, entry in entries.items():
@@ -247,15 +261,25 @@ class Builder:
         described = {name: self._source(name, path) for name, path in sorted(everything.items())}
         files = [described[name] for name in BEFORE_IMPORTER]
         files.append(self._source("importer", HERE / "importer.py"))
-        job = {
+        self._job = {
             "archive": str(library / "modules"),
             "modules": [source for name, source in described.items() if name not in BEFORE_IMPORTER],
+            "texts": [],
             "files": [
                 (source, str(library / source["shown"].partition(f"{self._lib}/")[2]) + "c")
                 for source in files
             ],
         }
-        self._run_python(self._stage, (HERE / "bytecode.py").read_text(), stdin=json.dumps(job))
+        self._run_job()
+
+    def _run_job(self) -> None:
+        self._run_python(self._stage, (HERE / "bytecode.py").read_text(), stdin=json.dumps(self._job))
+
+    def add_texts(self, entry: str) -> None:
+        """Compile what modules write as text when the agent is imported."""
+        library = str(self.tree / self._lib)
+        self._job["texts"] = json.loads(self._run_python(self.tree, WRITTEN, entry, library))
+        self._run_job()
 
     def _bare_packages(self, sources: dict[str, Path]) -> dict[str, Path]:
         """Folders of modules without an __init__.py: the archive has no folders, so they need an entry."""

@@ -102,7 +102,9 @@ def test_start_runs_no_lazy_module(content: Path) -> None:
     lazy = {name for name, entry in Archive(str(library / "modules")).index.items() if entry[3]}
     code = (
         f"import sys; sys.path.insert(0, {str(library)!r}); import importer; importer.install()\n"
+        "importer.texts.unknown = []\n"
         "import hyperpod.agent.main\n"
+        "assert importer.texts.known and importer.texts.unknown == []\n"
         "print(*[n for n, m in sys.modules.items() if type(m) is importer.LazyModule])"
     )
     libraries = content / tree.LIBRARIES

@@ -6,13 +6,16 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import images.importer
+from images import bytecode
 from images.bytecode import Source, archive, compiled
-from images.importer import Archive, LazyModule
+from images.importer import TEXTS, Archive, LazyModule, Texts
 
-TEXTS = {
+SOURCES = {
     "hp_pack": "",
     "hp_pack.plain": '"""Doc."""\nimport hp_lazy\ndef f():\n    """Doc."""\nclass C:\n    """Doc."""\n    x = 1\n',
     "hp_pack.data": "from dataclasses import dataclass\n@dataclass\nclass D:\n    x: int = 3\n",
@@ -24,22 +27,22 @@ LAZY = {"hp_lazy", "hp_broken"}
 
 @pytest.fixture
 def finder(tmp_path: Path) -> Iterator[Archive]:
-    """An archive of TEXTS that imports look into."""
+    """An archive of SOURCES that imports look into."""
     sources: list[Source] = []
-    for name, text in TEXTS.items():
+    for name, text in SOURCES.items():
         path = tmp_path / f"{name}.py"
         path.write_text(text)
         sources.append(
             {"name": name, "path": str(path), "shown": f"/guest/{name}.py", "package": name == "hp_pack",
              "lazy": name in LAZY}
         )  # fmt: skip
-    (tmp_path / "modules").write_bytes(archive(sources))
+    (tmp_path / "modules").write_bytes(archive(sources, [("eval", "6 * 7")]))
     found = Archive(str(tmp_path / "modules"))
     sys.meta_path.insert(0, found)
     sys.__dict__.pop("hp_runs", None)
     yield found
     sys.meta_path.remove(found)
-    for name in TEXTS:
+    for name in SOURCES:
         sys.modules.pop(name, None)
 
 
@@ -60,6 +63,10 @@ def test_a_lazy_module_runs_once_when_it_is_used(finder: Archive) -> None:
         lazy.missing  # noqa: B018
 
 
+def test_writer_and_reader_agree() -> None:
+    assert bytecode.TEXTS == TEXTS
+
+
 def test_from_import_uses_it(finder: Archive) -> None:
     from hp_lazy import answer  # type: ignore[import-not-found]
 
@@ -71,6 +78,29 @@ def test_a_lazy_module_that_fails_says_so_each_time(finder: Archive) -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="once more"):
             broken.anything  # noqa: B018
+
+
+def test_known_texts_are_not_compiled_again(finder: Archive) -> None:
+    texts = Texts()
+    texts.known, texts.unknown = finder.texts(), []
+    assert eval(texts.compiled("6 * 7", "eval")) == 42 and texts.unknown == []  # type: ignore[arg-type]
+    space: dict[str, object] = {}
+    exec(texts.compiled("x = 1", "exec"), space)  # type: ignore[arg-type]
+    assert space["x"] == 1 and texts.unknown == [("exec", "x = 1")]
+
+
+def test_modules_that_make_code_ask_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.py"
+    path.write_text("def f(t):\n    exec(t, globals())\n    return eval('y' + t[-1:], {'y1': 5})\n")
+    source: Source = {
+        "name": "dataclasses", "path": str(path), "shown": "m", "package": False, "lazy": False
+    }  # fmt: skip
+    monkeypatch.setitem(sys.modules, "importer", images.importer)
+    monkeypatch.setattr(images.importer.texts, "unknown", [])
+    space: dict[str, Any] = {}
+    exec(compiled(source), space)
+    assert space["f"]("z = 1") == 5 and space["z"] == 1
+    assert images.importer.texts.unknown == [("exec", "z = 1"), ("eval", "y1")]
 
 
 def test_what_is_not_there_is_left_to_others(finder: Archive) -> None:
