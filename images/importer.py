@@ -7,9 +7,10 @@ index, the index (marshal: name -> offset, size, is a package, is lazy), then on
 `dataclass` and `namedtuple` write functions as text and have it compiled. What they write when the agent is
 imported is in the archive as well, already compiled: under TEXTS, a dict of mode and text to code object.
 
-A lazy module stands in sys.modules empty; its code runs when an attribute is asked for that it has not. Nothing
-here is safe against two threads that ask first at the same time: the agent does everything on its event loop.
-It imports only what the interpreter has loaded already: there is nothing yet that could find more.
+A lazy module stands in sys.modules empty; its code runs when an attribute is asked for that it has not. That is
+not safe against two threads that ask first at the same time: the agent's threads use no lazy module.
+
+This file imports only what the interpreter has loaded already: there is nothing yet that could find more.
 """
 
 import sys
