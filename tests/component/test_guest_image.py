@@ -114,7 +114,10 @@ def test_start_runs_no_lazy_module(content: Path) -> None:
         text=True,
         check=True,
     )
-    assert set(done.stdout.split()) == lazy == tree.LAZY
+    used = (
+        set() if "python3.11" in str(library) else {"inspect"}
+    )  # dataclasses of 3.13 asks it for annotations
+    assert lazy == tree.LAZY and lazy - set(done.stdout.split()) <= used
 
 
 def test_import_closure_follows_code(tmp_path: Path) -> None:
