@@ -37,11 +37,13 @@ def listen_vsock(port: int) -> socket.socket:
 def listen_unix(directory: str, port: int) -> socket.socket:
     """For a host agent: `<directory>/<port>.sock`; the directory is 0700."""
     path = f"{directory}/{port}.sock"
-    if os.path.exists(path):
-        os.unlink(path)
+    made = f"{directory}/.{port}.sock"
+    if os.path.exists(made):
+        os.unlink(made)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.bind(path)
+    sock.bind(made)
     sock.listen(BACKLOG)
+    os.rename(made, path)  # who sees it can connect
     sock.setblocking(False)
     return sock
 

@@ -38,13 +38,16 @@ class DomainEvent:
 
 @dataclass(frozen=True)
 class HostFacts:
-    """Found once, at open(). `hypervisor_version` is the newest machine type, for example pc-q35-7.2."""
+    """Found once, at open(). `hypervisor_version` is the newest machine type, for example pc-q35-7.2.
+
+    `tsc_khz` is what an emulated guest must be told of its time-stamp counter; 0: nothing."""
 
     accelerator: str
     accelerator_reason: str
     vhost_vsock: bool
     libvirt_version: str
     hypervisor_version: str
+    tsc_khz: int
 
 
 class Hypervisor(Protocol):

@@ -23,7 +23,7 @@ from hyperpod.errors import (
     HyperpodError,
     NotFound,
 )
-from hyperpod.hypervisor import accelerator, orphans
+from hyperpod.hypervisor import accelerator, orphans, tsc
 from hyperpod.hypervisor.base import Disk, DomainEvent, DomainInfo, DomainSpec, HostFacts
 from hyperpod.hypervisor.connection import Connection
 from hyperpod.logs import printable
@@ -110,6 +110,7 @@ class LibvirtHypervisor:
             vhost_vsock=accelerator.device_error("/dev/vhost-vsock") == "",
             libvirt_version=_version(libvirt.getVersion()),
             hypervisor_version=machine,
+            tsc_khz=await asyncio.to_thread(tsc.measure) if choice.kind == "tcg" else 0,
         )
         log.info("libvirt %s, accelerator %s: %s", self._facts.libvirt_version, choice.kind, choice.reason)
 

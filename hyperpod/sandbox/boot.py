@@ -201,7 +201,7 @@ class VmBuilder:
             accelerator=self.hypervisor.facts().accelerator,
             kernel=record.kernel.path,
             initrd=record.kernel.initrd or None,
-            cmdline=f"{record.kernel.cmdline} {record.guest.cmdline}".strip(),
+            cmdline=" ".join(filter(None, (record.kernel.cmdline, record.guest.cmdline, self._clock()))),
             root=record.guest.path,
             scratch=str(self.scratch_path(sandbox)),
             console_socket=str(sandbox.directory / "console.sock"),
@@ -212,6 +212,11 @@ class VmBuilder:
             nics=tuple(Nic(mac=x.mac, tap=x.tap, mtu=x.mtu) for x in network.interfaces),
             share_socket=str(sandbox.files.socket) if record.virtiofs == "boot" else None,
         )
+
+    def _clock(self) -> str:
+        """The kernel's option for the rate of its clock; empty when it need not be told."""
+        khz = self.hypervisor.facts().tsc_khz
+        return f"tsc_early_khz={khz}" if khz else ""
 
     async def wait_for_agent(self, sandbox: LiveSandbox, network: PodNetwork) -> HelloInfo:
         """Dial until the agent answers, the VM dies, or the boot timeout is over."""

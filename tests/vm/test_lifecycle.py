@@ -257,3 +257,18 @@ async def test_pid_namespaces(cri_client: Cri, pod: str) -> None:
     assert (await cri_client.status(shared)).exit_code == 143, "not process 1, so SIGTERM's default works"
     witness = await cri_client.sh(pod, "exec sleep 3004", linux=linux(cri.NamespaceMode.POD))
     assert "sleep 3002" not in (await cri_client.exec(witness, "ps")).stdout.decode(), "nobody outlives it"
+
+
+async def test_the_guests_clock_keeps_pace_with_the_hosts(cri_client: Cri, pod: str) -> None:
+    """An emulated guest that counts its time-stamp counter for itself is off by factors on a busy host."""
+    container = await cri_client.run(pod, "/bin/sleep", "600")
+
+    async def both() -> tuple[float, float]:
+        before = time.monotonic()
+        reply = await cri_client.exec(container, "/bin/cat", "/proc/uptime")
+        return (before + time.monotonic()) / 2, float(reply.stdout.split()[0])
+
+    host, guest = await both()
+    await asyncio.sleep(5)
+    later_host, later_guest = await both()
+    assert later_guest - guest == pytest.approx(later_host - host, abs=1.5)
