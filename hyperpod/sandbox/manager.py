@@ -276,7 +276,8 @@ class SandboxManager:
     def _on_domain_event(self, event: DomainEvent) -> None:
         sandbox = self.index.find(event.sandbox_id) if event.sandbox_id else None
         if sandbox is not None and event.kind in ("stopped", "crashed"):
-            sandbox.gone_detail = event.detail
+            if not sandbox.gone.is_set():  # else we destroy it, for the reason that is there
+                sandbox.gone_detail = event.detail
             sandbox.gone.set()
 
     # -- stop and remove ----------------------------------------------------------------------------------

@@ -76,8 +76,8 @@ async def output(client: Cri, container: str) -> str:
     return "\n".join(text for _, _, text in await client.log(container))
 
 
-async def shell(client: Cri, container: str, script: str) -> tuple[int, str]:
-    reply = await client.exec(container, "/bin/sh", "-c", script)
+async def shell(client: Cri, container: str, script: str, timeout: int = 60) -> tuple[int, str]:
+    reply = await client.exec(container, "/bin/sh", "-c", script, timeout=timeout)
     return reply.exit_code, (reply.stdout + reply.stderr).decode(errors="replace").strip()
 
 
@@ -361,7 +361,7 @@ async def test_big_files_and_mappings(client: Cri, pod_id: str, tmp_path: Path) 
     block = os.urandom(1 << 20)
     (tmp_path / "big").write_bytes(block * 48)
     container = await sleeper(client, pod_id, mount(tmp_path, "/m"))
-    code, text = await shell(client, container, "cp /m/big /m/copy && sha256sum /m/copy")
+    code, text = await shell(client, container, "cp /m/big /m/copy && sha256sum /m/copy", timeout=300)
     assert code == 0, text
     assert text.split()[0] == hashlib.sha256(block * 48).hexdigest()
     assert hashlib.sha256((tmp_path / "copy").read_bytes()).hexdigest() == text.split()[0]
@@ -410,6 +410,12 @@ async def test_users_other_than_root(client: Cri, pod_id: str, tmp_path: Path) -
     assert (await shell(client, container, "cat /g/closed"))[0] != 0
     found = (tmp_path / "g" / "mine").stat()
     assert (found.st_uid, found.st_gid) == (1000, 4000)
+    assert user.security_context is not None
+    user.security_context.supplemental_groups = []
+    stranger = await sleeper(client, pod_id, mount(tmp_path / "g", "/g"), linux=user)
+    code, text = await shell(client, stranger, "echo hi > /g/yours")
+    assert code != 0
+    assert "Permission denied" in text
 
 
 async def test_the_file_server_is_in_the_pods_cgroup(own_daemon: Daemon, client: Cri, pod_id: str) -> None:
