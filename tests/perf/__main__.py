@@ -7,7 +7,7 @@ import asyncio
 import os
 
 from tests.daemonkit import daemon
-from tests.perf import many, net, output
+from tests.perf import many, mounts, net, output
 from tests.perf.bare import BareBoot
 from tests.perf.pods import Pods
 from tests.perf.report import Figure, progress, table
@@ -28,7 +28,9 @@ async def measure(quick: bool) -> tuple[list[Figure], list[list[str]], str]:
             await many.make_one(one, client)
             progress("a pod's network")
             network = await net.figures(client, 32 if quick else 256)
-        figures = pods.figures() + network
+            progress("a mount beside the guest's disk")
+            files = await mounts.figures(client, 16 if quick else 64, 2 if quick else 5)
+        figures = pods.figures() + network + files
         one.stop()
         originals = many.kept(one)
         many.copy(one, originals, 1)
