@@ -1,0 +1,41 @@
+"""`python -m tests.soak --seconds 3600`: pods as a kubelet keeps them, every invariant checked all the time."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+
+from tests.daemonkit import daemon
+from tests.soak.kubelet import Kubelet
+
+
+async def soak(seconds: float, pods: int, churn: float, kill: float) -> None:
+    with daemon() as one:
+        async with one.client() as client:
+            await client.load_busybox()
+            kubelet = Kubelet(one, client, pods=pods, churn=churn, kill=kill)
+            try:
+                await kubelet.run(seconds)
+            except BaseException:
+                print(f"the end of the daemon's log:\n{one.text()[-6000:]}", file=sys.stderr)
+                raise
+        left = one.leftovers()
+        assert left == [], f"left behind: {left}"
+        print(f"every invariant held for {seconds:.0f} s: {dict(kubelet.done)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tests.soak", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=3600)
+    parser.add_argument("--pods", type=int, default=3, help="at a time")
+    parser.add_argument("--churn", type=float, default=120, help="seconds until a pod is replaced")
+    parser.add_argument(
+        "--kill", type=float, default=300, help="seconds between kill -9 of the daemon; 0: never"
+    )
+    args = parser.parse_args()
+    asyncio.run(soak(args.seconds, args.pods, args.churn, args.kill))
+
+
+if __name__ == "__main__":
+    main()
