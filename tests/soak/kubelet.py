@@ -126,25 +126,25 @@ class Kubelet:
             self._calm.notify_all()
 
     async def _relist(self) -> None:
-        """The kubelet's PLEG: what runs is listed as running, under its pod."""
+        """The kubelet's PLEG: the containers of a pod that stands are listed, and the pod as ready."""
+        standing = [pod for pod in self.pods if pod.steady]
         pods = (await self.client.runtime.list_pod_sandbox(cri.ListPodSandboxRequest())).items
         containers = (await self.client.runtime.list_containers(cri.ListContainersRequest())).containers
-        listed = {item.id: item.state for item in pods}
-        for item in containers:
-            need(item.pod_sandbox_id in listed, f"container {item.id} has no pod in the list")
-        running = {c.id for c in containers if c.state == cri.ContainerState.CONTAINER_RUNNING}
-        for pod in self.pods:
-            if (
-                pod.attempt
-                and pod.web
-                and pod.id in listed
-                and listed[pod.id] == cri.PodSandboxState.SANDBOX_READY
-            ):
-                known = {c.id for c in containers if c.pod_sandbox_id == pod.id}
-                need(pod.web in known, f"{pod.name}: its container is not listed")
-        self.done["running"] = len(running)
+        states = {item.id: item.state for item in pods}
+        of_web = {item.id: item.state for item in containers}
+        for pod in standing:
+            if pod.steady:  # still
+                need(
+                    states.get(pod.id) == cri.PodSandboxState.SANDBOX_READY,
+                    f"{pod.name}: not listed as ready",
+                )
+                state = of_web.get(pod.web)
+                need(state == cri.ContainerState.CONTAINER_RUNNING, f"{pod.name}: its server is {state}")
+        self.done["running"] = sum(s == cri.ContainerState.CONTAINER_RUNNING for s in of_web.values())
 
     async def _stats(self) -> None:
+        """The kubelet's eviction manager and metrics: present, and never going back."""
+        standing = [pod for pod in self.pods if pod.steady]
         reply = await self.client.runtime.list_container_stats(cri.ListContainerStatsRequest())
         for item in reply.stats:
             assert item.attributes is not None
@@ -156,7 +156,9 @@ class Kubelet:
             self._cpu[item.attributes.id] = used
             self.done["samples"] += 1
         pods = (await self.client.runtime.list_pod_sandbox_stats(cri.ListPodSandboxStatsRequest())).stats
-        need(len(pods) >= min(1, len(self.pods)), "no pod has statistics")
+        known = {item.attributes.id for item in pods if item.attributes is not None}
+        for pod in standing:
+            need(pod.id in known or not pod.steady, f"{pod.name} has no statistics")
         disk = await self.client.images.image_fs_info(cri.ImageFsInfoRequest())
         need(bool(disk.image_filesystems), "no image file system")
         await self.client.runtime.status(cri.StatusRequest())

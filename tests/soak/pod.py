@@ -12,7 +12,7 @@ from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import BUSYBOX, Cri
 from tests.soak.volumes import SHARED, Volumes
 
-CONFIG_DELAY = 15.0
+CONFIG_DELAY = 6.0
 """Seconds within which a guest must see a new configMap; a kubelet itself takes up to a minute to write one."""
 
 WEB = """
@@ -56,6 +56,8 @@ class Pod:
         self.swapped_at = time.monotonic()
         self.seen = 0
         self.rotations = 0
+        self.steady = False
+        """Between its start and its stop: lists and statistics must know it."""
 
     @property
     def name(self) -> str:
@@ -79,6 +81,7 @@ class Pod:
         self.dead.append(init)
         self.web = await self.container("web", WEB)
         await self.start_worker()
+        self.steady = True
 
     async def start_worker(self) -> None:
         self.worker = await self.container("worker", WORKER.replace("LINES", str(BURST)), self.attempt)
@@ -132,7 +135,12 @@ class Pod:
 
     async def _fetch(self) -> str:
         async with asyncio.timeout(30):
-            reader, writer = await asyncio.open_connection(self.address, 8080)
+            while True:
+                try:
+                    reader, writer = await asyncio.open_connection(self.address, 8080)
+                    break
+                except ConnectionRefusedError:  # the server has just been started
+                    await asyncio.sleep(0.5)
             writer.write(b"GET / HTTP/1.0\r\n\r\n")
             answer = await reader.read()
             writer.close()
@@ -180,6 +188,7 @@ class Pod:
 
     async def stop(self) -> None:
         """Graceful: the web server ends by SIGTERM with its last word; then nothing of the pod is left."""
+        self.steady = False
         await self.client.stop(self.worker, 0)
         await self.client.stop(self.web, 30)
         status = await self.client.status(self.web)
