@@ -175,7 +175,8 @@ __import__(sys.argv[1])
 import json
 for module in list(sys.modules.values()):
     hasattr(module, "no such attribute")
-json.dump([getattr(m, "__file__", None) or "" for m in sys.modules.values()], sys.stdout)
+ours = [m for name, m in sys.modules.items() if name != "__main__"]
+json.dump([getattr(m, "__file__", None) or "" for m in ours], sys.stdout)
 """
 
 
@@ -298,8 +299,10 @@ class Builder:
         return {"name": name, "path": str(path), "shown": shown, "package": package, "lazy": name in LAZY}
 
     def _run_python(self, root: Path, code: str, *arguments: str, stdin: str = "") -> str:
+        script = self._stage / "script.py"  # not `-c`, for which Python 3.13 imports linecache first
+        script.write_text(code)
         command = [str(root / LOADER), "--library-path", str(root / LIBRARIES)]
-        command += [str(root / f"usr/bin/python{self._python}"), "-sSBP", "-c", code, *arguments]
+        command += [str(root / f"usr/bin/python{self._python}"), "-sSBP", str(script), *arguments]
         environment = {"PYTHONHASHSEED": "0"}  # it orders the sets in byte code
         done = subprocess.run(
             command, input=stdin, capture_output=True, text=True, check=False, env=environment

@@ -67,7 +67,9 @@ class StdioConnection(asyncio.Protocol):
     # -- streams.Peer -------------------------------------------------------------------------------------
 
     def send(self, buffers: Sequence[bytes | memoryview]) -> None:
-        if self._transport is not None:
+        # A transport that the peer has cut, but that has not told us yet, is not to be written to: Python 3.12 to
+        # 3.13.7 would watch its descriptor on and on, also once that is the next connection's (gh-136234).
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.writelines(buffers)
 
     def drop(self, why: str) -> None:

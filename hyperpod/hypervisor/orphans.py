@@ -1,8 +1,8 @@
-"""QEMU and virtiofsd processes of our libvirt root that libvirt itself no longer knows.
+"""QEMU processes of our libvirt root that libvirt itself no longer knows.
 
-libvirt adopts what its status files name. A status file that a full disk cut short, or a virtiofsd whose domain
-ended while nobody looked, leaves processes behind that hold a tenant's memory and files. Only processes whose
-own command line, or whose pid file, lies below our root are touched.
+libvirt adopts what its status files name. A status file that a full disk cut short leaves a process behind that
+holds a tenant's memory. Only processes whose own command line names our root are touched. (virtiofsd is ours, not
+libvirt's: hyperpod.share.)
 """
 
 from __future__ import annotations
@@ -35,10 +35,6 @@ class Orphan:
 
 def find(root: Path, known: set[str]) -> list[Orphan]:
     """Processes of `root` whose domain is not among the names in `known`."""
-    return [*_emulators(root, known), *_file_servers(root, known)]
-
-
-def _emulators(root: Path, known: set[str]) -> list[Orphan]:
     found = []
     mark = f"{root}/lib/qemu/domain-"
     for entry in os.listdir("/proc"):
@@ -63,21 +59,6 @@ def _files(root: Path, name: str) -> list[Path]:
         *(root / "run" / "qemu").glob(f"{name}.*"),
         root / "log" / "qemu" / f"{name}.log",
     ]
-
-
-def _file_servers(root: Path, known: set[str]) -> list[Orphan]:
-    found = []
-    for file in (root / "run" / "qemu").glob("*-fs.pid"):
-        # <id>-<short name>-<alias>-fs.pid
-        stem = file.name.removesuffix("-fs.pid").partition("-")[2].rpartition("-")[0]
-        if any(name[:SHORT_NAME] == stem for name in known):
-            continue
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(file.read_text())
-            argv = _argv(pid)
-            if argv and Path(argv[0]).name == "virtiofsd":
-                found.append(Orphan(pid, stem, (file, file.with_suffix(".sock"))))
-    return found
 
 
 def _argv(pid: int) -> list[str]:

@@ -109,7 +109,8 @@ def test_start_runs_no_lazy_module(content: Path) -> None:
     )
     libraries = content / tree.LIBRARIES
     done = subprocess.run(
-        [content / tree.LOADER, "--library-path", libraries, content / "usr/bin/python3", "-ISB", "-c", code],
+        [content / tree.LOADER, "--library-path", libraries, content / "usr/bin/python3", "-ISB", "-"],
+        input=code,
         capture_output=True,
         text=True,
         check=True,

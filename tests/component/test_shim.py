@@ -168,6 +168,7 @@ async def test_descriptors_that_nobody_wants_do_not_pile_up(one: Pod) -> None:
     pid = (await one.shim.hello()).pid
     caller = ControlCaller(str(one.directory / "control.sock"), "shim")
     await caller.connect(WAIT)
+    await caller.call("hello", {}, timeout=WAIT)  # its connection is accepted, and counted
     before = len(os.listdir(f"/proc/{pid}/fd"))
     with open("/dev/null", "rb") as null:
         for op in ("hello", "dance", "log_finish", "collect"):
