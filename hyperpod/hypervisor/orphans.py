@@ -54,7 +54,8 @@ def _files(root: Path, name: str) -> list[Path]:
     short = f"domain-*-{name[:SHORT_NAME]}"
     return [
         *(root / "lib" / "qemu").glob(short),
-        *(root / "lib" / "qemu" / "channel" / "target").glob(short),
+        *(root / "lib" / "qemu" / "channel" / "target").glob(short),  # libvirt 9.0
+        *(root / "run" / "qemu" / "channel").glob(f"*-{name[:SHORT_NAME]}"),  # 11.3
         *(root / "lib" / "qemu" / "ram").glob(f"*-{name[:SHORT_NAME]}"),
         *(root / "run" / "qemu").glob(f"{name}.*"),
         root / "log" / "qemu" / f"{name}.log",
