@@ -115,7 +115,8 @@ async def test_lists_and_filters(cri_client: Cri, pod: str) -> None:
                 cri.StreamContainerStatsRequest(filter=request.filter)
             )
         ]
-        assert [s for page in pages for s in page.container_stats] == found
+        # Who is listed, not the figures: on a busy host a guest may miss its time for one of the two answers.
+        assert [s.attributes for page in pages for s in page.container_stats] == [s.attributes for s in found]
         return {stats.attributes.id for stats in found if stats.attributes}
 
     assert await listed() == {one, two, done}
