@@ -16,7 +16,7 @@ from hyperpod.netlink import Netlink
 from hyperpod.wire import rtnetlink as rt
 
 MAX_INTERFACES = 4
-"""As many root ports of a VM are left for network cards."""
+"""Of a pod. Each is a card of its VM, which has slots for more than twenty."""
 
 _RTPROT_RA = 9
 

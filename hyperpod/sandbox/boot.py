@@ -211,6 +211,7 @@ class VmBuilder:
             gid=record.gid,
             nics=tuple(Nic(mac=x.mac, tap=x.tap, mtu=x.mtu) for x in network.interfaces),
             share_socket=str(sandbox.files.socket) if record.virtiofs == "boot" else None,
+            spare_ports=1 if record.virtiofs == "demand" else 0,
         )
 
     def _clock(self) -> str:

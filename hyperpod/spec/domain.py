@@ -21,9 +21,12 @@ VSOCK_PORT = "hpvsockrp"
 
 MEMORY_SLOTS = 8
 
-ROOT_PORTS = 12
-"""PCIe root ports of a VM. At most eight devices take one at start; the others wait for hot-plugged ones, since a
-port itself cannot be hot-plugged. Unused ports cost nothing measurable."""
+FIRST_SLOT = 1
+"""On the root complex, where the devices of the start are: a root port for each, as libvirt gives by default, costs
+an emulated guest 17 ms apiece. A device there cannot be unplugged, but those of a start stay anyway."""
+
+MODERN = "virtio-non-transitional"
+"""Without the ports of virtio before 1.0, which a device on the root complex would have otherwise."""
 
 UNITS_PER_TARGET = 256
 """LUNs below 256 keep SCSI's plain addressing (SAM-5 4.7)."""
@@ -90,6 +93,8 @@ class DomainSpec:
     nics: tuple[Nic, ...] = ()
     share_socket: str | None = None
     """Of a virtiofsd that listens already."""
+    spare_ports: int = 0
+    """PCIe root ports for what is plugged in later: a port itself cannot be."""
 
 
 def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: str) -> ET.Element:
@@ -101,8 +106,8 @@ def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: st
     return element
 
 
-def _virtio_disk(devices: ET.Element, name: str, path: str, *, serial: str, readonly: bool) -> None:
-    disk = _add(devices, "disk", type="file", device="disk")
+def _virtio_disk(devices: ET.Element, name: str, path: str, *, serial: str, readonly: bool) -> ET.Element:
+    disk = _add(devices, "disk", type="file", device="disk", model=MODERN)
     # read-only: the host's page cache holds one copy for all VMs
     driver = {"name": "qemu", "type": "raw", "cache": "writeback" if readonly else "unsafe"}
     if not readonly:
@@ -114,6 +119,7 @@ def _virtio_disk(devices: ET.Element, name: str, path: str, *, serial: str, read
     _add(disk, "serial", serial)
     if readonly:
         _add(disk, "readonly")
+    return disk
 
 
 def disk_xml(disk: Disk) -> str:
@@ -214,37 +220,42 @@ def _cpu(domain: ET.Element, spec: DomainSpec) -> None:
 
 def _devices(devices: ET.Element, spec: DomainSpec) -> None:
     _add(devices, "emulator", EMULATOR)
-    _virtio_disk(devices, "vda", spec.root, serial="root", readonly=True)
+    pci = [_virtio_disk(devices, "vda", spec.root, serial="root", readonly=True)]
     if spec.scratch:
-        _virtio_disk(devices, "vdb", spec.scratch, serial=SCRATCH_SERIAL, readonly=False)
-    _add(devices, "controller", type="scsi", index="0", model="virtio-scsi")
+        pci.append(_virtio_disk(devices, "vdb", spec.scratch, serial=SCRATCH_SERIAL, readonly=False))
+    pci.append(_add(devices, "controller", type="scsi", index="0", model=MODERN))
     _add(devices, "controller", type="usb", model="none")
     _add(devices, "controller", type="pci", index="0", model="pcie-root")
-    for index in range(1, ROOT_PORTS + 1):
-        _add(devices, "controller", type="pci", index=str(index), model="pcie-root-port")
+    for index in range(1, spec.spare_ports + 1):
+        pci.append(_add(devices, "controller", type="pci", index=str(index), model="pcie-root-port"))
     if spec.console_socket:
         serial = _add(devices, "serial", type="unix")
         source = _add(serial, "source", mode="connect", path=spec.console_socket)
         _add(source, "reconnect", enabled="yes", timeout="1")
         _add(serial, "target", port="0")
-    for nic in spec.nics:
-        _nic(devices, nic)
+    pci.extend(_nic(devices, nic) for nic in spec.nics)
     if spec.share_socket:
-        _share(devices, spec.share_socket)
+        pci.append(_share(devices, spec.share_socket))
     if spec.vsock_cid is not None:
-        _add(_add(devices, "vsock", model="virtio"), "cid", auto="no", address=str(spec.vsock_cid))
-    _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
+        vsock = _add(devices, "vsock", model=MODERN)
+        _add(vsock, "cid", auto="no", address=str(spec.vsock_cid))
+        pci.append(vsock)
+    rng = _add(devices, "rng", model=MODERN)
+    _add(rng, "backend", "/dev/urandom", model="random")
+    pci += [rng, _add(devices, "memballoon", model=MODERN, freePageReporting="on")]
     _add(devices, "panic", model="isa")  # tells a kernel panic from a power-off
-    _add(devices, "memballoon", model="virtio", freePageReporting="on")
+    for slot, device in enumerate(pci, FIRST_SLOT):
+        _add(device, "address", type="pci", domain="0", bus="0", slot=hex(slot), function="0")
 
 
-def _nic(devices: ET.Element, nic: Nic) -> None:
+def _nic(devices: ET.Element, nic: Nic) -> ET.Element:
     interface = _add(devices, "interface", type="ethernet")
     _add(interface, "mac", address=nic.mac)
     _add(interface, "target", dev=nic.tap, managed="yes")
     _add(interface, "mtu", size=str(nic.mtu))
-    _add(interface, "model", type="virtio")
+    _add(interface, "model", type=MODERN)
     _add(interface, "rom", enabled="no")  # nothing boots from it, and loading it takes time
+    return interface
 
 
 def _vhost_user_vsock(domain: ET.Element, path: str) -> None:

@@ -14,9 +14,9 @@ from hyperpod.errors import InvalidArgument
 from hyperpod.spec.domain import (
     NAMESPACE,
     QEMU_NAMESPACE,
-    ROOT_PORTS,
     Disk,
     DomainSpec,
+    Nic,
     disk_xml,
     domain_xml,
     share_xml,
@@ -142,13 +142,23 @@ def test_a_name_becomes_part_of_file_names_and_options(name: str) -> None:
         domain_xml(replace(SPEC, name=name))
 
 
-def test_ports_wait_for_devices_to_come() -> None:
-    root = parsed(SPEC)
-    ports = root.findall("devices/controller[@model='pcie-root-port']")
-    assert len(ports) == ROOT_PORTS
-    assert [p.get("index") for p in ports] == [str(n) for n in range(1, ROOT_PORTS + 1)]
+def test_what_a_start_brings_is_on_the_root_complex() -> None:
+    """Each in a slot of its own, below those of the vsock device's port (0x1e) and the chip set (0x1f)."""
+    nics = tuple(Nic(mac=f"02:00:00:00:00:0{n}", tap=f"t{n}", mtu=1500) for n in range(4))
+    root = parsed(replace(SPEC, nics=nics, share_socket="/r/fs.sock", spare_ports=1))
+    found = root.findall("devices/*/address[@type='pci']")
+    assert [a.get("bus") for a in found] == ["0"] * len(found)
+    slots = [int(a.get("slot") or "0", 16) for a in found]
+    # two disks, scsi, the spare port, four cards, the share, rng, balloon
+    assert sorted(slots) == list(range(1, 12))
     scsi = root.findall("devices/controller[@type='scsi']")
-    assert [(c.get("index"), c.get("model")) for c in scsi] == [("0", "virtio-scsi")]
+    assert [(c.get("index"), c.get("model")) for c in scsi] == [("0", "virtio-non-transitional")]
+
+
+def test_a_port_waits_for_a_device_to_come_only_where_one_may() -> None:
+    ports = "devices/controller[@model='pcie-root-port']"
+    assert parsed(SPEC).findall(ports) == []
+    assert [p.get("index") for p in parsed(replace(SPEC, spare_ports=1)).findall(ports)] == ["1"]
 
 
 def test_what_a_guest_does_not_get() -> None:
