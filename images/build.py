@@ -119,7 +119,7 @@ def build(folder: Path, entry: str, fstype: str, agent: modules.Closure, given: 
         if done.returncode != 0:
             raise BuildError(f"{command[0]} failed: {done.stderr.strip()[-2000:]}")
     version = f"{agent_version()}-{hash_inputs(given)}"
-    cmdline = f"root=/dev/vda rootfstype={fstype} ro init=/init"
+    cmdline = f"root=/dev/vda rootfstype={fstype} ro {tree.CMDLINE}"
     write_manifest(
         folder,
         {

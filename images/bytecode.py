@@ -1,8 +1,7 @@
 """Compiles modules for the guest: run by its own Python, whose byte code it is, with a Job as JSON on stdin.
 
-Documentation is left out: reading it costs boot time. A decorated class gets its name as its documentation,
-since `dataclass` would otherwise compute a signature for it, for which it needs all of `inspect`. Modules that
-make functions of text ask importer.texts for the code.
+Documentation is left out: reading it costs boot time; so does the signature that `dataclass` writes for a class
+without documentation, for which it needs all of `inspect`. Modules that make code of text ask importer.texts.
 """
 
 from __future__ import annotations
@@ -41,19 +40,27 @@ class Job(TypedDict):
     files: list[tuple[Source, str]]
 
 
-MAKE_CODE = frozenset({"collections", "dataclasses"})
-"""Modules whose exec and eval of text go through importer.texts."""
+MAKE_CODE = frozenset({"collections", "dataclasses", "typing"})
+"""Modules whose code of text comes from importer.texts: what they exec or eval, or compile to eval it."""
 
 
 class _Precompiled(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:  # ast's name
         self.generic_visit(node)
-        if isinstance(node.func, ast.Name) and node.func.id in ("exec", "eval"):
-            look_up = ast.parse("__import__('importer').texts.compiled(0, 0)", mode="eval").body
-            assert isinstance(look_up, ast.Call)
-            look_up.args = [node.args[0], ast.Constant(node.func.id)]
-            node.args[0] = look_up
+        match node:
+            case ast.Call(ast.Name("exec" | "eval" as mode), [text, *_]):
+                node.args[0] = self._look_up(text, mode)
+            case ast.Call(ast.Name("compile"), [text, ast.Constant(), ast.Constant("eval")], []):
+                return self._look_up(text, "eval")
+            case ast.Call(ast.Attribute(ast.Name("inspect"), "signature")):
+                return ast.Constant("")
         return node
+
+    def _look_up(self, text: ast.expr, mode: str) -> ast.expr:
+        call = ast.parse("__import__('importer').texts.compiled(0, 0)", mode="eval").body
+        assert isinstance(call, ast.Call)
+        call.args = [text, ast.Constant(mode)]
+        return call
 
 
 class _Brief(ast.NodeTransformer):
@@ -67,10 +74,7 @@ class _Brief(ast.NodeTransformer):
         return self._without(node)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        self._without(node)
-        if node.decorator_list:
-            node.body.insert(0, ast.Expr(ast.Constant(node.name)))
-        return node
+        return self._without(node)
 
     def _without(self, node: Any) -> ast.AST:
         self.generic_visit(node)

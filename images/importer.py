@@ -24,6 +24,7 @@ TEXTS = "<texts>"
 
 Index = dict[str, tuple[int, int, bool, bool]]
 ModuleType = type(sys)
+CodeType = type((lambda: 0).__code__)
 
 
 class LazyModule(ModuleType):
@@ -49,7 +50,9 @@ class Texts:
         self.unknown: list[tuple[str, str]] | None = None
         """Mode and text of what had to be compiled, when a build wants to know."""
 
-    def compiled(self, text: str, mode: str) -> object:
+    def compiled(self, text: str | CodeType, mode: str) -> object:
+        if not isinstance(text, str):
+            return text  # which may be evaluated as well
         code = self.known.get((mode, text))
         if code is None:
             code = compile(text, "<string>", mode, 0, True)

@@ -72,7 +72,7 @@ mount -r -t "$type" "$root" /root || { echo "initramfs: cannot mount $root as $t
 mount -o move /dev /root/dev
 umount /sys
 umount /proc
-exec switch_root /root "$init"
+exec switch_root /root "$init" "$@"
 """
 APPLETS = ("mount", "umount", "insmod", "cat", "usleep", "poweroff", "switch_root", "sh", "[")
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 
+from hyperpod.agent import messages
 from hyperpod.agent.container import Tools
 from hyperpod.agent.containers import Containers
 from hyperpod.agent.environment import GuestPlace, HostPlace, Place, phase
@@ -33,6 +34,7 @@ CLOSE_TIMEOUT = 20.0
 async def serve(directory: str | None) -> Place:
     """Run until Shutdown or SIGTERM. `directory` is None in a guest."""
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    messages.evaluate_once()
     reaper = Reaper()
     place: Place
     if directory is None:

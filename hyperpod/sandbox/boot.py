@@ -201,7 +201,8 @@ class VmBuilder:
             accelerator=self.hypervisor.facts().accelerator,
             kernel=record.kernel.path,
             initrd=record.kernel.initrd or None,
-            cmdline=" ".join(filter(None, (record.kernel.cmdline, record.guest.cmdline, self._clock()))),
+            # The guest's last: what follows a -- in it is its init's.
+            cmdline=" ".join(filter(None, (record.kernel.cmdline, self._clock(), record.guest.cmdline))),
             root=record.guest.path,
             scratch=str(self.scratch_path(sandbox)),
             console_socket=str(sandbox.directory / "console.sock"),

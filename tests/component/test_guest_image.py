@@ -96,14 +96,20 @@ def test_agent_takes_none_of_the_hosts_side_along(content: Path) -> None:
     assert [name for name in names(content) if f"{name}.".startswith(tuple(f"{u}." for u in unwanted))] == []
 
 
-def test_start_runs_no_lazy_module(content: Path) -> None:
-    """What is lazy would not be lazy if an import of the agent used it."""
+def test_start_and_first_call_run_no_lazy_module_and_compile_nothing(content: Path) -> None:
+    """What is lazy would not be lazy if an import of the agent, or what every pod's Hello needs, used it."""
     library = next(content.glob("usr/lib/python3*/importer.pyc")).parent
     lazy = {name for name, entry in Archive(str(library / "modules")).index.items() if entry[3]}
     code = (
         f"import sys; sys.path.insert(0, {str(library)!r}); import importer; importer.install()\n"
         "importer.texts.unknown = []\n"
         "import hyperpod.agent.main\n"
+        "from hyperpod.agent import messages, network\n"
+        "from hyperpod.api.gen.hyperpod.agent import v1\n"
+        "messages.evaluate_once()\n"
+        "card = v1.NetworkInterface(name='eth0', routes=[v1.Route(metric=7)])\n"
+        "hello = v1.HelloRequest(api_version=1, sysctls={'a': 'b'}, interfaces=[card])\n"
+        "assert v1.HelloRequest.parse(bytes(hello)) == hello and bytes(v1.HelloResponse(cpus=1))\n"
         "assert importer.texts.known and importer.texts.unknown == []\n"
         "print(*[n for n, m in sys.modules.items() if type(m) is importer.LazyModule])"
     )

@@ -161,6 +161,11 @@ def test_a_port_waits_for_a_device_to_come_only_where_one_may() -> None:
     assert [p.get("index") for p in parsed(replace(SPEC, spare_ports=1)).findall(ports)] == ["1"]
 
 
+def test_libvirt_does_not_ask_for_each_feature_of_the_cpu() -> None:
+    words = parsed(SPEC).findall(f"{{{QEMU_NAMESPACE}}}capabilities/{{{QEMU_NAMESPACE}}}del")
+    assert [w.get("capability") for w in words] == ["cpu-unavailable-features"]
+
+
 def test_what_a_guest_does_not_get() -> None:
     root = parsed(SPEC)
     for tag in ("graphics", "video", "hostdev", "filesystem", "interface", "channel", "tpm"):
