@@ -6,6 +6,9 @@ class to one status code; nothing else in the project knows gRPC codes.
 
 from __future__ import annotations
 
+IMAGE_VOLUME_FAILED = "ImageVolumeMountFailed"
+"""How the message of a failed image volume starts, in cri-api's words: a kubelet makes it the reason it shows."""
+
 
 class HyperpodError(Exception):
     """Base of every error that hyperpod raises on purpose; maps to INTERNAL."""

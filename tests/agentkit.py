@@ -12,13 +12,14 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hyperpod.agentclient.client import AgentClient
-from hyperpod.agentclient.types import ContainerInfo, Layer, Security
+from hyperpod.agentclient.types import ContainerInfo, ImageVolume, Layer, Security
 from hyperpod.errors import ProtocolError, Unavailable
 from hyperpod.spec.oci import ContainerSpecInput, build_process, build_spec
 from hyperpod.vsock.dial import Endpoint, HostEndpoint
@@ -55,6 +56,15 @@ APPLETS = (
 )
 
 
+LINKS = (
+    ("up", "../../../../../../../bin"),
+    ("absolute", "/bin"),
+    ("proc", "/proc/self/root"),
+    ("loop", "loop"),
+)
+"""In the image's /etc: what would lead out of it."""
+
+
 @dataclass(frozen=True)
 class AgentPlace:
     """A running, unclaimed agent. `layers`: a busybox root, topmost last. `memory_limits`: OOM can be tested."""
@@ -80,6 +90,8 @@ def make_busybox_layer(directory: Path) -> Path:
     (root / "etc/notes").write_text("not a program\n")
     (root / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nbob:x:1000:1001::/home/bob:/bin/sh\n")
     (root / "etc/group").write_text("root:x:0:\nbob:x:1001:\nteam:x:50000:bob\n")
+    for name, target in LINKS:
+        (root / "etc" / name).symlink_to(target)
     subprocess.run(
         ["gcc", "-static", "-O1", "-o", root / "bin/probe", REPOSITORY / "tests/probe.c"], check=True
     )
@@ -157,6 +169,7 @@ class AgentKit:
         stdin: bool = False,
         stdin_once: bool = False,
         security: Security | None = None,
+        image_volumes: Sequence[ImageVolume] = (),
     ) -> str:
         """A created container that runs `args`."""
         ident = secrets.token_hex(32)
@@ -170,6 +183,7 @@ class AgentKit:
             stdin=stdin,
             stdin_once=stdin_once,
             security=security,
+            image_volumes=image_volumes,
         )
         return ident
 
@@ -188,7 +202,7 @@ class AgentKit:
         *args: str,
         spec: ContainerSpecInput | None = None,
         security: Security | None = None,
-        **options: bool,
+        **options: Any,
     ) -> str:
         ident = await self.create(*args, spec=spec, security=security, **options)
         await self.client.start_container(ident)

@@ -11,9 +11,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hyperpod.agent import envexec, podfiles, rootfs, security
 from hyperpod.agent.cgroups import Cgroups
@@ -29,6 +29,9 @@ from hyperpod.agent.security import Security
 from hyperpod.agent.share import Share
 from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, InvalidArgument, NotFound
 from hyperpod.tasks import TaskOwner, bounded
+
+if TYPE_CHECKING:
+    from hyperpod.agent.imagemount import ImageVolume
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +189,7 @@ class Container:
         self.pid_target: Container | None = None
         self._variables: envexec.Variables | None = None
         self._serials: list[str] = []
+        self._has_volumes = False
         self._lock = asyncio.Lock()
         self._over = asyncio.Event()
         self._removed = False
@@ -195,16 +199,25 @@ class Container:
         """Of all that ran in it so far, execs included."""
         return self.lost_oom_kills + self.tools.cgroups.oom_kills(self.id)
 
-    async def prepare(self, spec: dict[str, Any], layers: list[LayerSource], wanted: Security | None) -> None:
-        """Mount the root and write the bundle. Nothing is left when it fails."""
+    async def prepare(
+        self,
+        spec: dict[str, Any],
+        layers: list[LayerSource],
+        wanted: Security | None,
+        volumes: Sequence[ImageVolume] = (),
+    ) -> None:
+        """Mount root and image volumes and write the bundle. Nothing is left when it fails."""
         layout = self.tools.layout
         if not layers:
             raise InvalidArgument(f"container {self.id[:12]} has no layers")
-        numbers = await self.tools.layers.acquire(layers)
-        self._serials = [layer.serial for layer in layers]
+        every = [*layers, *(layer for volume in volumes for layer in volume.layers)]
+        numbers = await self.tools.layers.acquire(every)
+        self._serials = [layer.serial for layer in every]
         try:
             self.tools.quota.watch(self.id)
-            spec["root"]["path"] = rootfs.mount_overlay(layout, self.id, numbers)
+            spec["root"]["path"] = rootfs.mount_overlay(layout, self.id, numbers[: len(layers)])
+            if volumes:
+                await self._mount_volumes(spec, volumes, numbers[len(layers) :])
             spec["linux"]["cgroupsPath"] = self.cgroup
             spec["linux"]["resources"] = adapt(self.tools.cgroups, spec["linux"]["resources"])
             spec["process"]["terminal"] = self.io.tty
@@ -220,6 +233,17 @@ class Container:
             if isinstance(exc, HyperpodError):
                 raise
             raise InvalidArgument(f"container {self.id[:12]}: {exc!r}") from exc
+
+    async def _mount_volumes(
+        self, spec: dict[str, Any], volumes: Sequence[ImageVolume], numbers: list[int]
+    ) -> None:
+        from hyperpod.agent import imagemount  # few containers need it
+
+        self._has_volumes = True
+        # Off the event loop: a walk through a hostile image's folders may take a while.
+        await asyncio.to_thread(
+            imagemount.mount, self.tools.layout, self.id, spec["mounts"], volumes, numbers
+        )
 
     async def start(self) -> int:
         """Gives the pid. A failure leaves it CREATED. Raises NotFound, FailedPrecondition."""
@@ -367,6 +391,10 @@ class Container:
         """Undo `prepare`."""
         layout = self.tools.layout
         rootfs.unmount_overlay(layout, self.id)
+        if self._has_volumes:
+            from hyperpod.agent import imagemount
+
+            imagemount.unmount(layout, self.id)
         await self.tools.share.drop(self.id)
         rootfs.remove_tree(layout.bundle(self.id))
         await rootfs.discard(layout, layout.writable(self.id))

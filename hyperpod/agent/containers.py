@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hyperpod.agent.container import Container, Tools
 from hyperpod.agent.events import EventLog, Status
@@ -14,6 +14,9 @@ from hyperpod.agent.security import Security
 from hyperpod.agent.streams import InputStream, OutputStream
 from hyperpod.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
 from hyperpod.tasks import Operations
+
+if TYPE_CHECKING:
+    from hyperpod.agent.imagemount import ImageVolume
 
 MAX_CONTAINERS = 256
 _HEX = frozenset("0123456789abcdef")
@@ -76,6 +79,7 @@ class Containers:
         stdin_once: bool,
         share: str = "",
         submounts: Sequence[str] = (),
+        image_volumes: Sequence[ImageVolume] = (),
     ) -> Container:
         check_id("container", ident, 64)
         document = parse_object("the OCI spec", spec)
@@ -93,7 +97,7 @@ class Containers:
             try:
                 if share:
                     await self.tools.share.use(share, submounts)
-                await made.prepare(document, layers, security)
+                await made.prepare(document, layers, security, image_volumes)
             except BaseException:
                 del self._known[ident]
                 raise

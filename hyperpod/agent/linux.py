@@ -14,7 +14,7 @@ from hyperpod.errors import Unavailable
 _libc = ctypes.CDLL(None, use_errno=True)
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
-MS_REC, MS_PRIVATE, MS_SLAVE = 1 << 14, 1 << 18, 1 << 19
+MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 1 << 12, 1 << 14, 1 << 18, 1 << 19
 MNT_DETACH = 2
 CLONE_NEWNS = 0x00020000
 PR_SET_CHILD_SUBREAPER = 36

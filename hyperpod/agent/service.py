@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpclib.config import Configuration
 from grpclib.const import Handler as MethodHandler
@@ -36,6 +36,9 @@ from hyperpod.errors import (
     ResourceExhausted,
     Unavailable,
 )
+
+if TYPE_CHECKING:
+    from hyperpod.agent.imagemount import ImageVolume
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +86,14 @@ class AgentService(v1.AgentBase):
         made = await self._containers.create(
             message.id,
             message.oci_spec,
-            [LayerSource(layer.serial, layer.path, layer.fstype) for layer in message.layers],
+            _layers(message.layers),
             _security(message.security),
             tty=message.tty,
             stdin=message.stdin,
             stdin_once=message.stdin_once,
             share=message.share,
             submounts=message.submounts,
+            image_volumes=_image_volumes(message.image_volumes),
         )
         if message.security is None:
             return v1.CreateContainerResponse()
@@ -168,6 +172,18 @@ class AgentService(v1.AgentBase):
         # After the answer: a moment for it to leave.
         asyncio.get_running_loop().call_later(0.05, self._place.end)
         return v1.ShutdownResponse()
+
+
+def _layers(layers: list[v1.Layer]) -> list[LayerSource]:
+    return [LayerSource(layer.serial, layer.path, layer.fstype) for layer in layers]
+
+
+def _image_volumes(volumes: list[v1.ImageVolume]) -> list[ImageVolume]:
+    if not volumes:
+        return []
+    from hyperpod.agent.imagemount import ImageVolume  # few containers need it
+
+    return [ImageVolume(x.destination, _layers(x.layers), x.sub_path) for x in volumes]
 
 
 def _security(message: v1.Security | None) -> Security | None:

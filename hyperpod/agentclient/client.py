@@ -19,6 +19,7 @@ from hyperpod.agentclient.types import (
     ContainerInfo,
     ExitEvent,
     HelloInfo,
+    ImageVolume,
     Layer,
     Security,
     UserInfo,
@@ -144,16 +145,17 @@ class AgentClient:
         security: Security | None = None,
         share: str = "",
         submounts: Sequence[str] = (),
+        image_volumes: Sequence[ImageVolume] = (),
     ) -> UserInfo | None:
         """Mount the root and write the bundle. `layers`: topmost last. `share`: agent.proto.
 
-        Gives the user when `security` is given."""
+        Gives the user when `security` is given. Raises NotFound when an image volume has no such folder."""
         if len(oci_spec) > MAX_REQUEST - 64 * 1024:
             raise InvalidArgument(f"the container's specification is {len(oci_spec)} bytes, too large")
         request = v1.CreateContainerRequest(
             id=ident,
             oci_spec=oci_spec,
-            layers=[v1.Layer(serial=x.serial, path=x.path, fstype=x.fstype) for x in layers],
+            layers=_layers(layers),
             scratch=scratch,
             tty=tty,
             stdin=stdin,
@@ -161,6 +163,10 @@ class AgentClient:
             security=_security(security),
             share=share,
             submounts=list(submounts),
+            image_volumes=[
+                v1.ImageVolume(destination=x.destination, layers=_layers(x.layers), sub_path=x.sub_path)
+                for x in image_volumes
+            ],
         )
         user = (await self._call(lambda stub: stub.create_container, request, LONG)).user
         return None if user is None else _user(user)
@@ -297,6 +303,10 @@ def _interface(value: GuestInterface) -> v1.NetworkInterface:
         routes=[v1.Route(**route.model_dump()) for route in value.routes],
         neighbours=[v1.Neighbour(**neighbour.model_dump()) for neighbour in value.neighbours],
     )
+
+
+def _layers(layers: Sequence[Layer]) -> list[v1.Layer]:
+    return [v1.Layer(serial=x.serial, path=x.path, fstype=x.fstype) for x in layers]
 
 
 def _code(value: int) -> int:

@@ -30,6 +30,15 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class ImageVolume:
+    """An image, or a folder in it, for the OCI mount at `destination`. `layers`: topmost last."""
+
+    destination: str
+    layers: tuple[Layer, ...]
+    sub_path: str = ""
+
+
+@dataclass(frozen=True)
 class Device:
     """A device node of the guest. `permissions`: some of "rwm"."""
 

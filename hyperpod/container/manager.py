@@ -11,8 +11,8 @@ import secrets
 from dataclasses import replace
 
 from hyperpod import failpoints
-from hyperpod.agentclient.types import AgentContainerState, ContainerInfo, Layer
-from hyperpod.container import process, signals
+from hyperpod.agentclient.types import AgentContainerState, ContainerInfo
+from hyperpod.container import layers, process, signals
 from hyperpod.container.live import LiveContainer
 from hyperpod.container.logfile import log_path, open_log
 from hyperpod.container.seccomp import SeccompProfiles
@@ -24,7 +24,7 @@ from hyperpod.errors import (
     InvalidArgument,
     NotFound,
 )
-from hyperpod.image.store import ImageStore, LayerFile
+from hyperpod.image.store import ImageStore
 from hyperpod.model.base import now_ns
 from hyperpod.model.container import (
     OOM_CODE,
@@ -40,7 +40,6 @@ from hyperpod.model.container import (
 from hyperpod.model.images import Image
 from hyperpod.model.sandbox import SandboxConfig
 from hyperpod.model.security import LinuxResources, NamespaceMode, User
-from hyperpod.sandbox.disks import serial_of
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.sandbox.manager import SandboxManager
 from hyperpod.spec import limits, mounts
@@ -122,37 +121,37 @@ class ContainerManager:
         spec = build_spec(replace(process.spec_input(record, seccomp), resources=resources))
         container = LiveContainer(record, ContainerStatus(resources=resources))
         async with container.lock:
-            await self._prepare(container, sandbox, spec, self.images.lease(image.id, ident))
+            await self._prepare(container, sandbox, spec)
         return ident
 
-    async def _prepare(
-        self, container: LiveContainer, sandbox: LiveSandbox, spec: bytes, layers: list[LayerFile]
-    ) -> None:
-        """Record, disks, bundle in the guest, log; undone when one fails."""
+    async def _prepare(self, container: LiveContainer, sandbox: LiveSandbox, spec: bytes) -> None:
+        """Leases, record, disks, bundle in the guest, log; undone when one fails."""
         ident, record, config = container.id, container.record, container.record.config
         security = process.security(config, record.image_config)
+        binds = mounts.host_binds(config.mounts, ident)
         try:
+            leased = layers.lease(record, self.images)
             await self.store.create(ident, record, container.status)
             self._add(container)
             failpoints.passing("container.recorded")
-            await sandbox.disks.attach(layers, ident)
+            await sandbox.disks.attach(leased.files, ident)
             failpoints.passing("container.layers")
             submounts: list[str] = []
-            if config.mounts:
-                binds = mounts.host_binds(config.mounts, ident)
+            if binds:
                 submounts = await self.sandboxes.builder.mount(sandbox, binds)
                 failpoints.passing("container.mounted")
             agent = await sandbox.session.client()
             user = await agent.create_container(
                 ident,
                 oci_spec=spec,
-                layers=[Layer(serial=serial_of(x.name), path="", fstype=x.fstype) for x in layers],
+                layers=leased.root_for_agent(),
                 tty=config.tty,
                 stdin=config.stdin,
                 stdin_once=config.stdin_once,
                 security=security,
-                share=mounts.TAG if config.mounts else "",
+                share=mounts.TAG if binds else "",
                 submounts=submounts,
+                image_volumes=leased.volumes_for_agent(),
             )
             known = user and User(uid=user.uid, gid=user.gid, groups=user.groups)
             await self._start_log(container, sandbox)
@@ -194,6 +193,7 @@ class ContainerManager:
             layers=tuple(layer.name for layer in image.layers),
             stop_signal=stop_signal,
             image_config=image.config,
+            image_volumes=layers.resolve(config.mounts, self.images),
         )
 
     def _add(self, container: LiveContainer) -> None:
@@ -462,8 +462,9 @@ class ContainerManager:
             return
         if not sandbox.ready:
             return
-        sandbox.disks.adopt(record.layers, record.id)
-        try:
-            self.images.lease(record.image_id, record.id)
-        except NotFound as exc:
-            log.warning("container %s: its image is gone: %s", container.short, exc)
+        sandbox.disks.adopt(record.all_layers, record.id)
+        for image_id in record.image_ids:
+            try:
+                self.images.lease(image_id, record.id)
+            except NotFound as exc:
+                log.warning("container %s: its image is gone: %s", container.short, exc)

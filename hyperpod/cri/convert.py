@@ -13,7 +13,7 @@ from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.errors import InvalidArgument
 from hyperpod.model.container import Capabilities, ContainerConfig, ContainerMetadata
 from hyperpod.model.images import RegistryAuth
-from hyperpod.model.mounts import Mount, Propagation
+from hyperpod.model.mounts import Mount, MountImage, Propagation
 from hyperpod.model.sandbox import DnsConfig, PortMapping, SandboxConfig, SandboxMetadata
 from hyperpod.model.security import (
     Device,
@@ -298,6 +298,16 @@ def stop_signal(value: cri.Signal) -> str:
     return (value.name or "").replace("PLUS", "+").replace("MINUS", "-")
 
 
+def _mount_image(where: str, value: cri.ImageSpec | None) -> MountImage | None:
+    if value is None:
+        return None
+    return MountImage(
+        image=_text(f"{where}.image", value.image),
+        user_specified_image=_text(f"{where}.user_specified_image", value.user_specified_image),
+        annotations=_map(f"{where}.annotations", value.annotations),
+    )
+
+
 def _mounts(values: Sequence[cri.Mount]) -> tuple[Mount, ...]:
     found = tuple(
         Mount(
@@ -307,6 +317,8 @@ def _mounts(values: Sequence[cri.Mount]) -> tuple[Mount, ...]:
             recursive_read_only=value.recursive_read_only,
             propagation=Propagation((value.propagation.name or "").removeprefix("PROPAGATION_")),
             selinux_relabel=value.selinux_relabel,
+            image=_mount_image(f"config.mounts[{i}].image", value.image),
+            image_sub_path=_text(f"config.mounts[{i}].image_sub_path", value.image_sub_path, MAX_PATH),
         )
         for i, value in enumerate(values[: mounts.MAX_MOUNTS + 1])
     )

@@ -110,6 +110,11 @@ _POD_RESOURCES: Table = {
     "hugepage_limits[].page_size": Harmless("counts with a limit only"),
     "hugepage_limits[].limit": Refused("the guest has no huge pages"),
 }
+_IMAGE: Table = {
+    **_honoured("image", "annotations", "user_specified_image"),
+    "runtime_handler": Only(("", "vm"), "no such runtime handler", never=None),
+    "image_ref": Harmless("ContainerStatus tells what `image` turned out to be"),
+}
 _MOUNT: Table = {
     **_honoured("container_path", "host_path", "readonly", "recursive_read_only"),
     "propagation": Only(
@@ -121,14 +126,9 @@ _MOUNT: Table = {
     "selinux_relabel": Harmless("the guest has no SELinux, and nothing of the pod on the host needs a label"),
     "uid_mappings": Refused("user namespaces are not built yet"),
     "gid_mappings": Refused("user namespaces are not built yet"),
-    "image": Refused("images as volumes are not built yet"),
-    "image_sub_path": Refused("images as volumes are not built yet"),
+    **_under("image", _IMAGE),
+    "image_sub_path": HONOURED,
     "mount_options": Refused("mount options are not built yet"),
-}
-_IMAGE: Table = {
-    **_honoured("image", "annotations", "user_specified_image"),
-    "runtime_handler": Only(("", "vm"), "no such runtime handler", never=None),
-    "image_ref": Harmless("names the image of a volume; here `image` does"),
 }
 
 RUN_POD_SANDBOX: Table = {

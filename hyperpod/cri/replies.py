@@ -19,7 +19,7 @@ from hyperpod.model.container import (
     ContainerStatus,
 )
 from hyperpod.model.images import Image
-from hyperpod.model.mounts import Mount
+from hyperpod.model.mounts import Mount, MountImage
 from hyperpod.model.sandbox import Sandbox, SandboxMetadata
 from hyperpod.model.security import LinuxResources, NamespaceOptions
 from hyperpod.spec.mounts import explained
@@ -250,8 +250,27 @@ def _stop_signal(name: str) -> cri.Signal:
         return cri.Signal.RUNTIME_DEFAULT
 
 
-def _mount(mount: Mount) -> cri.Mount:
-    """As it was asked for."""
+def _images(record: ContainerRecord) -> dict[int, str]:
+    """Number of a mount to the id of its image."""
+    return {volume.mount: volume.image_id for volume in record.image_volumes}
+
+
+def _mounts(record: ContainerRecord) -> list[cri.Mount]:
+    images = _images(record)
+    return [_mount(mount, images.get(number, "")) for number, mount in enumerate(record.config.mounts)]
+
+
+def _mount_image(image: MountImage, image_id: str) -> cri.ImageSpec:
+    return cri.ImageSpec(
+        image=image.image,
+        annotations=image.annotations,
+        user_specified_image=image.user_specified_image,
+        image_ref=image_id,
+    )
+
+
+def _mount(mount: Mount, image_id: str) -> cri.Mount:
+    """As it was asked for, and which image that was."""
     return cri.Mount(
         container_path=mount.container_path,
         host_path=mount.host_path,
@@ -259,6 +278,8 @@ def _mount(mount: Mount) -> cri.Mount:
         recursive_read_only=mount.recursive_read_only,
         propagation=cri.MountPropagation[f"PROPAGATION_{mount.propagation.value}"],
         selinux_relabel=mount.selinux_relabel,
+        image=None if mount.image is None else _mount_image(mount.image, image_id),
+        image_sub_path=mount.image_sub_path,
     )
 
 
@@ -279,7 +300,7 @@ def _status(container: Container) -> cri.ContainerStatus:
         message=status.message,
         labels=record.config.labels,
         annotations=record.config.annotations,
-        mounts=[_mount(mount) for mount in record.config.mounts],
+        mounts=_mounts(record),
         log_path=record.log_path,
         resources=cri.ContainerResources(linux=_resources(status.resources or record.config.resources)),
         user=_user(status),
@@ -298,9 +319,10 @@ def container_status(container: Container, *, verbose: bool) -> cri.ContainerSta
         layers=record.layers,
         image_config=record.image_config.model_dump(),
     )
+    how = explained(record.config.mounts, _images(record))
     return cri.ContainerStatusResponse(
         status=_status(container),
-        info={"container": info, "mounts": _json(**explained(record.config.mounts))} if verbose else {},
+        info={"container": info, "mounts": _json(**how)} if verbose else {},
     )
 
 

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from hyperpod.model.base import Record
 from hyperpod.model.images import ImageConfig
-from hyperpod.model.mounts import Mount
+from hyperpod.model.mounts import ImageVolume, Mount
 from hyperpod.model.security import Device, LinuxResources, NamespaceOptions, SeccompProfile, User
 
 
@@ -107,6 +107,17 @@ class ContainerRecord(Record):
     stop_signal: str
     image_config: ImageConfig
     """A copy: the image may be removed while the container lives."""
+    image_volumes: tuple[ImageVolume, ...] = ()
+
+    @property
+    def image_ids(self) -> list[str]:
+        """Of every image that it uses, its own first."""
+        return [self.image_id, *(volume.image_id for volume in self.image_volumes)]
+
+    @property
+    def all_layers(self) -> tuple[str, ...]:
+        """Of every image that it uses; one may be there twice."""
+        return self.layers + tuple(layer for volume in self.image_volumes for layer in volume.layers)
 
 
 class ContainerStatus(Record):

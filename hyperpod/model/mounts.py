@@ -15,12 +15,32 @@ class Propagation(StrEnum):
     BIDIRECTIONAL = "BIDIRECTIONAL"
 
 
+class MountImage(Record):
+    """CRI Mount.image: what a volume is made of, in the user's words."""
+
+    image: str
+    user_specified_image: str = ""
+    annotations: dict[str, str] = {}
+
+
 class Mount(Record):
-    """CRI Mount as far as it is honoured; paths as they came."""
+    """CRI Mount as far as it is honoured; paths as they came. Either `host_path` or `image` is set."""
 
     container_path: str
-    host_path: str
+    host_path: str = ""
     readonly: bool = False
     recursive_read_only: bool = False
     propagation: Propagation = Propagation.PRIVATE
     selinux_relabel: bool = False
+    image: MountImage | None = None
+    image_sub_path: str = ""
+    """Below the image's root; empty: all of it."""
+
+
+class ImageVolume(Record):
+    """Which image the mount number `mount` of a request turned out to be."""
+
+    mount: int
+    image_id: str
+    layers: tuple[str, ...]
+    """Names, lowest first."""

@@ -1,19 +1,21 @@
 """What becomes of the mounts of a container's request: a pure plan.
 
 Each folder or file of the host comes through the sandbox's one virtio-fs share, at `<short id>/<number>` in it,
-and is bound from there to its destination by crun in the guest. Order and overriding are containerd's: parents
-before children, and a default mount gives way to one that is asked for at the same place.
+and is bound from there to its destination by crun in the guest; imagevolumes.py has those that are images. Order
+and overriding are containerd's: parents before children, and a default mount gives way to one that is asked for
+at the same place.
 """
 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hyperpod.errors import InvalidArgument
 from hyperpod.model.mounts import Mount, Propagation
+from hyperpod.spec import imagevolumes
 
 MAX_MOUNTS = 1024
 
@@ -55,7 +57,11 @@ def check(mounts: Sequence[Mount]) -> None:
     taken: dict[str, int] = {}
     for number, mount in enumerate(mounts):
         where = f"config.mounts[{number}]"
-        for name, path in (("container_path", mount.container_path), ("host_path", mount.host_path)):
+        imagevolumes.check(where, mount)
+        paths = [("container_path", mount.container_path)]
+        if mount.image is None:
+            paths.append(("host_path", mount.host_path))
+        for name, path in paths:
             if not path:
                 raise InvalidArgument(f"{where}.{name} is missing")
             if not path.startswith("/"):
@@ -90,6 +96,7 @@ def host_binds(mounts: Sequence[Mount], container_id: str) -> list[HostBind]:
             follow=mount.propagation is Propagation.HOST_TO_CONTAINER,
         )
         for number, mount in enumerate(mounts)
+        if mount.image is None
     ]
 
 
@@ -97,6 +104,9 @@ def oci_mounts(mounts: Sequence[Mount], container_id: str) -> list[dict[str, Any
     """OCI mounts for crun in the guest, those with fewer parts in their destination first."""
     built = []
     for number, mount in enumerate(mounts):
+        if mount.image is not None:
+            built.append(imagevolumes.oci_mount(clean(mount.container_path)))
+            continue
         follows = mount.propagation is Propagation.HOST_TO_CONTAINER
         options = ["rbind", "rslave" if follows else "rprivate", "ro" if mount.readonly else "rw"]
         built.append(
@@ -124,9 +134,14 @@ def merged(defaults: Sequence[dict[str, Any]], wanted: Sequence[dict[str, Any]])
     return [*kept, *wanted]
 
 
-def explained(mounts: Sequence[Mount]) -> dict[str, str]:
-    """Destination to how it gets there, for the verbose status: one rule per mount."""
-    return {clean(m.container_path): _how(m) for m in mounts}
+def explained(mounts: Sequence[Mount], images: Mapping[int, str]) -> dict[str, str]:
+    """Destination to how it gets there, for the verbose status: one rule per mount.
+
+    `images`: id of the image of mount number n."""
+    return {
+        clean(m.container_path): _how(m) if m.image is None else imagevolumes.explained(m, images[number])
+        for number, m in enumerate(mounts)
+    }
 
 
 def _how(mount: Mount) -> str:

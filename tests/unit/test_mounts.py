@@ -105,7 +105,7 @@ def test_options() -> None:
         (True, False, False),
         (False, False, True),
     ]
-    assert "later host mounts appear" in explained(plan)["/s"]
+    assert "later host mounts appear" in explained(plan, {})["/s"]
 
 
 def test_a_default_gives_way() -> None:
@@ -132,7 +132,7 @@ def test_a_request_there_and_back() -> None:
             metadata=cri.ContainerMetadata(name="x"), image=cri.ImageSpec(image="x"), mounts=request
         )
     )
-    assert [replies._mount(mount) for mount in config.mounts] == request
+    assert [replies._mount(mount, "") for mount in config.mounts] == request
 
 
 TABLE = rb"""22 27 0:21 / /proc rw,relatime - proc proc rw

@@ -13,6 +13,7 @@ from hyperpod.errors import HyperpodError, InvalidArgument
 from tests.agentkit import TIMEOUT, AgentKit, AgentPlace
 from tests.component.test_agent_access import *  # noqa: F403  # the suite: every test_ name
 from tests.component.test_agent_envexec import *  # noqa: F403
+from tests.component.test_agent_image_volumes import *  # noqa: F403
 from tests.component.test_agent_lifecycle import *  # noqa: F403
 from tests.component.test_agent_security import *  # noqa: F403
 from tests.component.test_agent_streams import *  # noqa: F403

@@ -87,9 +87,9 @@ def limits(**values: Any) -> dict[str, Any]:
 
 CONTAINERS: list[tuple[dict[str, Any], Status, str]] = [
     (
-        {"mounts": [cri.Mount(container_path="/m", image=cri.ImageSpec(image="x"))]},
+        {"mounts": [cri.Mount(container_path="/m", mount_options=["noexec"], host_path="/etc")]},
         REFUSED,
-        "mounts[0].image",
+        "mounts[0].mount_options",
     ),
     ({"mounts": [cri.Mount(container_path="/m", host_path="/no/such")]}, Status.NOT_FOUND, "/no/such"),
     ({"mounts": [cri.Mount(container_path="/", host_path="/etc")]}, INVALID, "mounts[0].container_path"),

@@ -17,6 +17,7 @@ __all__ = (
     "ForgetLayersResponse",
     "HelloRequest",
     "HelloResponse",
+    "ImageVolume",
     "KillExecRequest",
     "KillExecResponse",
     "Layer",
@@ -168,6 +169,8 @@ class CreateContainerRequest(betterproto2.Message):
     What only the place of the container can decide; absent: the OCI spec holds as it is.
     """
 
+    image_volumes: "list[ImageVolume]" = betterproto2.field(16, betterproto2.TYPE_MESSAGE, repeated=True)
+
 
 default_message_pool.register_message("hyperpod.agent.v1", "CreateContainerRequest", CreateContainerRequest)
 
@@ -293,6 +296,31 @@ class HelloResponse(betterproto2.Message):
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "HelloResponse", HelloResponse)
+
+
+@dataclass(eq=False, repr=False)
+class ImageVolume(betterproto2.Message):
+    """
+    An image as a volume, read-only.
+    """
+
+    destination: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    Of the bind mount in the OCI spec whose source the agent fills in.
+    """
+
+    layers: "list[Layer]" = betterproto2.field(2, betterproto2.TYPE_MESSAGE, repeated=True)
+    """
+    Topmost last.
+    """
+
+    sub_path: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+    """
+    Of a folder in it, which links cannot lead out of; empty: all of it. NOT_FOUND when there is none.
+    """
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "ImageVolume", ImageVolume)
 
 
 @dataclass(eq=False, repr=False)
