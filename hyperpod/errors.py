@@ -7,7 +7,7 @@ class to one status code; nothing else in the project knows gRPC codes.
 from __future__ import annotations
 
 IMAGE_VOLUME_FAILED = "ImageVolumeMountFailed"
-"""How the message of a failed image volume starts, in cri-api's words: a kubelet makes it the reason it shows."""
+"""In the message of a failed image volume: cri-api's word, which other runtimes say too and tools look for."""
 
 
 class HyperpodError(Exception):

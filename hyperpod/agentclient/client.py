@@ -150,8 +150,6 @@ class AgentClient:
         """Mount the root and write the bundle. `layers`: topmost last. `share`: agent.proto.
 
         Gives the user when `security` is given. Raises NotFound when an image volume has no such folder."""
-        if len(oci_spec) > MAX_REQUEST - 64 * 1024:
-            raise InvalidArgument(f"the container's specification is {len(oci_spec)} bytes, too large")
         request = v1.CreateContainerRequest(
             id=ident,
             oci_spec=oci_spec,
@@ -168,6 +166,8 @@ class AgentClient:
                 for x in image_volumes
             ],
         )
+        if (size := len(bytes(request))) > MAX_REQUEST - 64 * 1024:
+            raise InvalidArgument(f"the container's specification is {size} bytes, too large")
         user = (await self._call(lambda stub: stub.create_container, request, LONG)).user
         return None if user is None else _user(user)
 

@@ -125,3 +125,9 @@ async def test_an_exec_and_an_update_see_it_too(agent: AgentKit) -> None:
     exec_id = await agent.exec(ident, "cat", "/v/notes")
     async with agent.output(ident, exec_id) as out:
         assert await out.read_all() == b"not a program\n"
+
+
+async def test_more_than_a_message_takes_is_refused_by_name(agent: AgentKit) -> None:
+    many = [ImageVolume(f"/{n}", agent.place.layers * 100) for n in range(2000)]
+    with pytest.raises(InvalidArgument, match="specification is .* bytes, too large"):
+        await agent.create(spec=ContainerSpecInput(args=("true",)), image_volumes=many)

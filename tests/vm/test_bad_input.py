@@ -226,7 +226,7 @@ async def test_what_only_the_start_can_tell(cri_client: Cri, pod: str) -> None:
         (("relative/none",), {}, "relative/none"),
         (("",), {}, "cannot run ''"),
         (("/bin/true",), limits(memory_limit_in_bytes=4096), "memory limit"),
-        (("/bin/true",), limits(unified={"no.such": "1"}), "no"),
+        (("/bin/true",), limits(unified={"memory.nothing": "1"}), "memory.nothing"),
     ):
         container = await cri_client.create(pod, *argv, **more)
         with pytest.raises(GRPCError) as info:
