@@ -155,8 +155,8 @@ async def test_who_we_are(client: Client) -> None:
 async def test_refusals_come_before_any_work(client: Client) -> None:
     async with refused(Status.INVALID_ARGUMENT, "config is missing"):
         await client.runtime.run_pod_sandbox(cri.RunPodSandboxRequest())
-    mounts = cri.ContainerConfig(mounts=[cri.Mount(container_path="/x", image=cri.ImageSpec())])
-    async with refused(Status.UNIMPLEMENTED, "config.mounts[0].image is set"):
+    mounts = cri.ContainerConfig(mounts=[cri.Mount(container_path="/x", mount_options=["noexec"])])
+    async with refused(Status.UNIMPLEMENTED, "config.mounts[0].mount_options is set"):
         await client.runtime.create_container(cri.CreateContainerRequest(config=mounts))
     async with refused(Status.INVALID_ARGUMENT, "timeout is -5"):
         await client.runtime.stop_container(cri.StopContainerRequest(container_id="a", timeout=-5))
