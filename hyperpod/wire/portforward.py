@@ -1,0 +1,374 @@
+"""A port-forward's side of its client: pairs of SPDY streams, also inside a WebSocket, or WebSocket channels.
+
+Sans-IO, as `remotecommand`: events say what to dial and what to write there; calls say what came from there.
+Each forwarded connection has a number of its own. `receive` raises ProtocolError and nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from hyperpod.errors import ProtocolError
+from hyperpod.wire import spdy
+from hyperpod.wire.upgrade import Transport
+from hyperpod.wire.websocket import Base64Decoder, MessageCodec, Piece
+
+Buffer = bytes | bytearray | memoryview
+
+MAX_CONNECTIONS = 512
+"""Forwarded connections of one session at once."""
+_MAX_TEXT = 1024
+_MAX_EARLY = 64 * 1024
+
+
+class Dial(NamedTuple):
+    """A new connection: reach this port of the pod."""
+
+    ident: int
+    port: int
+
+
+class Forward(NamedTuple):
+    """Bytes for the port. Tell `consumed` when they are written."""
+
+    ident: int
+    data: bytes | memoryview
+
+
+class ForwardEnded(NamedTuple):
+    """The client sends nothing more on this connection; it still reads."""
+
+    ident: int
+
+
+class Dropped(NamedTuple):
+    """The client has given the connection up: close it, send nothing."""
+
+    ident: int
+
+
+class ForwardLeft(NamedTuple):
+    """The client has said goodbye: all connections are to be closed."""
+
+
+ForwardEvent = Dial | Forward | ForwardEnded | Dropped | ForwardLeft
+
+
+class PortForward(Protocol):
+    """What every transport offers; unknown numbers are fine, their connections are over."""
+
+    def start(self) -> list[ForwardEvent]:
+        """To be asked once, before anything is received."""
+
+    def receive(self, data: bytes) -> list[ForwardEvent]: ...
+
+    def send(self, ident: int, data: Buffer) -> None:
+        """At most `room` bytes from the port."""
+
+    def room(self, ident: int) -> int: ...
+
+    def end(self, ident: int) -> None:
+        """The port sends nothing more."""
+
+    def fail(self, ident: int, text: str) -> None:
+        """The connection could not be made, or broke; it is over."""
+
+    def close(self, ident: int) -> None:
+        """Both directions have ended."""
+
+    def consumed(self, ident: int, count: int) -> None:
+        """So many bytes of Forward are written."""
+
+    def expire(self) -> None:
+        """Refuse connections that were already incomplete when this was last called."""
+
+    def ping(self) -> None:
+        """Something to see whether the client is still there."""
+
+    def finish(self) -> None:
+        """Goodbye."""
+
+    def data_to_send(self) -> list[Buffer]: ...
+
+
+def port_forward(transport: Transport, protocol: str, ports: tuple[int, ...]) -> PortForward:
+    """`ports`: those of the CRI request, which only the WebSocket's own protocol uses."""
+    if transport is Transport.SPDY:
+        return SpdyForward()
+    if transport is Transport.TUNNEL:
+        return TunnelForward()
+    return WebSocketForward(ports, base64="base64" in protocol)
+
+
+@dataclass
+class _Pair:
+    """Two streams of one request id; `ident` is the data stream's number once both are there."""
+
+    request: str
+    port: int
+    data: int = 0
+    error: int = 0
+    old: bool = False
+
+
+@dataclass
+class SpdyForward:
+    """A data and an error stream for each connection, joined by the header `requestid`."""
+
+    _connection: spdy.Connection = field(
+        default_factory=lambda: spdy.Connection(
+            spdy.Role.SERVER, limits=spdy.Limits(streams=2 * MAX_CONNECTIONS)
+        )
+    )
+    _waiting: dict[str, _Pair] = field(default_factory=dict)
+    _pairs: dict[int, _Pair] = field(default_factory=dict)
+    _early: dict[int, list[ForwardEvent]] = field(default_factory=dict)
+    """What came on a data stream before its error stream did."""
+
+    def start(self) -> list[ForwardEvent]:
+        return []
+
+    def receive(self, data: bytes) -> list[ForwardEvent]:
+        try:
+            came = self._connection.receive_data(data)
+        except spdy.RemoteProtocolError as exc:
+            raise ProtocolError(f"SPDY: {exc}") from exc
+        events: list[ForwardEvent] = []
+        for event in came:
+            match event:
+                case spdy.DataReceived(stream, payload):
+                    self._data(stream, payload, events)
+                case spdy.StreamOpened():
+                    self._opened(event, events)
+                case spdy.StreamEnded(stream):
+                    self._tell(stream, ForwardEnded(stream), events)
+                case spdy.StreamReset(stream):
+                    self._reset(stream, events)
+                case spdy.GoneAway():
+                    events.append(ForwardLeft())
+        return events
+
+    def _opened(self, event: spdy.StreamOpened, events: list[ForwardEvent]) -> None:
+        kind, text = spdy.find(event.headers, "streamtype"), spdy.find(event.headers, "port")
+        port = int(text) if text.isascii() and text.isdecimal() and len(text) <= 5 else 0
+        # Old clients give no id: their data stream comes right after its error stream.
+        implied = event.stream - 2 if kind == "data" else event.stream
+        request = spdy.find(event.headers, "requestid") or f"#{implied}"
+        pair = self._waiting.get(request) or _Pair(request, port)
+        taken = pair.data if kind == "data" else pair.error
+        if not 0 < port < 65536 or kind not in ("data", "error") or taken or pair.port != port:
+            self._connection.reset(event.stream, spdy.ResetStatus.PROTOCOL_ERROR)
+            return
+        if kind == "data":
+            pair.data = event.stream
+        else:
+            pair.error = event.stream
+        self._connection.reply(event.stream)
+        if not (pair.data and pair.error):
+            self._waiting[request] = pair
+            return
+        self._waiting.pop(request, None)
+        self._pairs[pair.data] = pair
+        events.append(Dial(pair.data, pair.port))
+        events += self._early.pop(pair.data, ())
+
+    def _data(self, stream: int, payload: bytes | memoryview, events: list[ForwardEvent]) -> None:
+        if stream in self._pairs:
+            events.append(Forward(stream, payload))
+        elif any(pair.data == stream for pair in self._waiting.values()):
+            self._hold(stream, payload)
+        else:
+            self._connection.acknowledge(stream, len(payload))
+
+    def _hold(self, stream: int, payload: bytes | memoryview) -> None:
+        """Data before the error stream: clients open that one first, but need not."""
+        held = self._early.setdefault(stream, [])
+        held.append(Forward(stream, bytes(payload)))
+        if sum(len(event.data) for event in held if isinstance(event, Forward)) > _MAX_EARLY:
+            self._forget_waiting(stream)
+
+    def _tell(self, stream: int, event: ForwardEvent, events: list[ForwardEvent]) -> None:
+        if stream in self._pairs:
+            events.append(event)
+        elif any(pair.data == stream for pair in self._waiting.values()):
+            self._early.setdefault(stream, []).append(event)
+
+    def _reset(self, stream: int, events: list[ForwardEvent]) -> None:
+        if (pair := self._pairs.pop(stream, None)) is not None:
+            self._end(pair.error)
+            events.append(Dropped(stream))
+        else:
+            self._forget_waiting(stream)
+
+    def _forget_waiting(self, stream: int) -> None:
+        for pair in list(self._waiting.values()):
+            if stream in (pair.data, pair.error):
+                self._drop(pair, "the connection's streams did not come both")
+
+    def _drop(self, pair: _Pair, text: str) -> None:
+        del self._waiting[pair.request]
+        self._early.pop(pair.data, None)
+        self._fail(pair, text)
+
+    def _fail(self, pair: _Pair, text: str) -> None:
+        message = text[:_MAX_TEXT].encode(errors="replace")
+        if self._connection.can_send(pair.error) and len(message) <= self._connection.window(pair.error):
+            self._connection.send_data(pair.error, message)
+        self._end(pair.error)
+        self._connection.reset(pair.data)
+
+    def _end(self, stream: int) -> None:
+        if self._connection.can_send(stream):
+            self._connection.end(stream)
+
+    def send(self, ident: int, data: Buffer) -> None:
+        if ident in self._pairs and self._connection.can_send(ident) and len(data):
+            self._connection.send_data(ident, data)
+
+    def room(self, ident: int) -> int:
+        return self._connection.window(ident) if self._connection.can_send(ident) else 1 << 30
+
+    def end(self, ident: int) -> None:
+        if ident in self._pairs:
+            self._end(ident)
+
+    def fail(self, ident: int, text: str) -> None:
+        if (pair := self._pairs.pop(ident, None)) is not None:
+            self._fail(pair, text)
+
+    def close(self, ident: int) -> None:
+        if (pair := self._pairs.pop(ident, None)) is not None:
+            self._end(pair.data)
+            self._end(pair.error)
+
+    def consumed(self, ident: int, count: int) -> None:
+        self._connection.acknowledge(ident, count)
+
+    def expire(self) -> None:
+        for pair in list(self._waiting.values()):
+            if pair.old:
+                self._drop(pair, f"timed out waiting for the streams of request {pair.request}")
+            pair.old = True
+
+    def ping(self) -> None:
+        self._connection.ping()
+
+    def finish(self) -> None:
+        for ident in list(self._pairs):
+            self.close(ident)
+        self._connection.close()
+
+    def data_to_send(self) -> list[Buffer]:
+        return self._connection.data_to_send()
+
+
+class TunnelForward(SpdyForward):
+    """SPDY's bytes as binary messages (`SPDY/3.1+portforward.k8s.io`); where they are cut means nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._codec = MessageCodec()
+
+    def receive(self, data: bytes) -> list[ForwardEvent]:
+        events: list[ForwardEvent] = []
+        for piece in self._codec.receive(data):
+            events += super().receive(piece.data)
+        if self._codec.closed:
+            events.append(ForwardLeft())
+        return events
+
+    def finish(self) -> None:
+        super().finish()
+        self._wrap()
+        self._codec.close()
+
+    def ping(self) -> None:
+        self._codec.ping()
+
+    def _wrap(self) -> None:
+        if buffers := super().data_to_send():
+            self._codec.message(buffers)
+
+    def data_to_send(self) -> list[Buffer]:
+        self._wrap()
+        return self._codec.data_to_send()
+
+
+class WebSocketForward:
+    """Two channels for each port, data and error; every port is dialled once, at the start."""
+
+    def __init__(self, ports: tuple[int, ...], *, base64: bool) -> None:
+        self._ports, self._base64 = ports, base64
+        self._codec = MessageCodec()
+        self._decoder = Base64Decoder()
+        self._open = set(range(len(ports)))
+        self._channel = -1
+
+    def start(self) -> list[ForwardEvent]:
+        for index, port in enumerate(self._ports):
+            for channel in (2 * index, 2 * index + 1):
+                self._message(channel, port.to_bytes(2, "little"))
+        return [Dial(index, port) for index, port in enumerate(self._ports)]
+
+    def receive(self, data: bytes) -> list[ForwardEvent]:
+        events: list[ForwardEvent] = []
+        for piece in self._codec.receive(data):
+            self._piece(piece, events)
+        if self._codec.closed:
+            events.append(ForwardLeft())
+        return events
+
+    def _piece(self, piece: Piece, events: list[ForwardEvent]) -> None:
+        data = piece.data
+        if piece.first:
+            self._channel = -1
+        if self._channel < 0 and data:
+            self._channel = data[0] - ord("0") if self._base64 else data[0]
+            data = data[1:]
+        if self._base64:
+            data = self._decoder.feed(data, last=piece.last)
+        if data and self._channel % 2 == 0 and self._channel // 2 in self._open:
+            events.append(Forward(self._channel // 2, data))
+
+    def _message(self, channel: int, data: Buffer) -> None:
+        if self._base64:
+            self._codec.text(bytes((ord("0") + channel,)) + base64.b64encode(data))
+        else:
+            self._codec.message((bytes((channel,)), data))
+
+    def send(self, ident: int, data: Buffer) -> None:
+        if ident in self._open and len(data):
+            self._message(2 * ident, data)
+
+    def room(self, ident: int) -> int:
+        return 1 << 30
+
+    def end(self, ident: int) -> None:
+        """The protocol has no half-close; the connection ends with the last port's."""
+
+    def fail(self, ident: int, text: str) -> None:
+        if ident in self._open:
+            self._message(2 * ident + 1, text[:_MAX_TEXT].encode(errors="replace"))
+            self.close(ident)
+
+    def close(self, ident: int) -> None:
+        self._open.discard(ident)
+        if not self._open:
+            self._codec.close()
+
+    def consumed(self, ident: int, count: int) -> None:
+        """Nothing: the only window is TCP's."""
+
+    def expire(self) -> None:
+        """Nothing: all connections are there from the start."""
+
+    def ping(self) -> None:
+        self._codec.ping()
+
+    def finish(self) -> None:
+        self._codec.close()
+
+    def data_to_send(self) -> list[Buffer]:
+        return self._codec.data_to_send()
