@@ -5,11 +5,12 @@ Sources, later ones win: defaults, the TOML file of `--config`, the command line
 
 from __future__ import annotations
 
+import ipaddress
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hyperpod.errors import InvalidArgument
 
@@ -83,6 +84,37 @@ class ContainerConfig(Section):
     """Deny AF_VSOCK and AF_ALG sockets to unconfined and privileged containers as well, by a filter."""
 
 
+class StreamingConfig(Section):
+    """Where exec, attach and port-forward are served. Times in seconds."""
+
+    address: str = "127.0.0.1"
+    port: int = Field(default=0, ge=0, le=65535)
+    """0: any that is free; the URLs tell."""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    """PEM; read again when they change. Without them plain HTTP, and no byte passes the daemon."""
+    tls_client_ca: Path | None = None
+    """Only clients with a certificate of it are served."""
+    idle_timeout: float = Field(default=14400.0, ge=0)
+    """Without a byte either way; 0 is for ever."""
+    creation_timeout: float = Field(default=30.0, gt=0)
+    """For a client to open its streams."""
+
+    @field_validator("address")
+    @classmethod
+    def _literal(cls, value: str) -> str:
+        ipaddress.ip_address(value)
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_client_ca needs tls_cert and tls_key")
+        return self
+
+
 class Config(Section):
     """The whole configuration."""
 
@@ -97,6 +129,7 @@ class Config(Section):
     image: ImageConfig = ImageConfig()
     network: NetworkConfig = NetworkConfig()
     container: ContainerConfig = ContainerConfig()
+    streaming: StreamingConfig = StreamingConfig()
 
     @field_validator("run_dir")
     @classmethod

@@ -45,6 +45,7 @@ from hyperpod.sandbox.boot import VmBuilder
 from hyperpod.sandbox.manager import SandboxManager, host_boot_id
 from hyperpod.sandbox.network import PodNetworks
 from hyperpod.store.records import RecordStore, write_atomic
+from hyperpod.streaming.streams import Streams
 from hyperpod.supervisor.client import SupervisorClient
 from hyperpod.tasks import TaskOwner
 
@@ -139,6 +140,9 @@ async def running(config: Config) -> AsyncIterator[RpcServer]:
         sandboxes.listen(containers)
         stack.push_async_callback(owner.close)
         stack.push_async_callback(sandboxes.detach)
+        streams = Streams(config.streaming, sandboxes, containers)
+        await streams.server.listen()
+        stack.push_async_callback(streams.server.close)
         await Recovery(sandboxes, containers, supervisor).run()
         await images.collect()
         collector = StatsCollector(owner, builder.scratch_path)
@@ -146,6 +150,7 @@ async def running(config: Config) -> AsyncIterator[RpcServer]:
             sandboxes=sandboxes,
             containers=containers,
             execs=ExecRunner(containers),
+            streams=streams,
             images=images,
             networks=networks,
             stats=StatsReader(sandboxes, containers, collector, config.state_dir),

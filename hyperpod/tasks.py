@@ -29,6 +29,11 @@ class TaskOwner:
     def __len__(self) -> int:
         return len(self._tasks)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no tasks any more."""
+        return self._closed
+
     def spawn(self, name: str, coro: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Start `coro` as a task of this owner. Raises RuntimeError when closed or full."""
         if self._closed or len(self._tasks) >= self.limit:

@@ -151,6 +151,16 @@ class Exec:
             raise NotFound(f"exec {self.id} was removed")
         return self.exited.result()
 
+    def leave(self, tools: Tools) -> bool:
+        """Forget it; false when it left something in the background, which stays in its cgroup."""
+        self.removed.set()
+        self.io.close()
+        if tools.cgroups.pids(self.cgroup):
+            return False
+        self.container.lost_oom_kills += tools.cgroups.oom_kills_to_be_lost(self.cgroup)
+        tools.cgroups.remove(self.cgroup)
+        return True
+
     async def remove(self, tools: Tools) -> None:
         """Kill what is left of it and forget it."""
         try:
@@ -177,7 +187,9 @@ class Container:
     ) -> None:
         self.id, self.tools, self._on_exit = ident, tools, on_exit
         self.status = Status(ident)
-        self.io = ProcessIO(tty=tty, stdin=stdin, ends_with_peer=stdin_once, eof_closes=stdin_once)
+        # A terminal has no end of input that its process could see, and takes the next attach's: as containerd.
+        once = stdin_once and not tty
+        self.io = ProcessIO(tty=tty, stdin=stdin, ends_with_peer=once, eof_closes=once)
         self.execs: dict[str, Exec] = {}
         self.cgroup = tools.cgroups.container_path(ident)
         self.lost_oom_kills = 0
@@ -188,6 +200,8 @@ class Container:
         """Variables that it has unless others are given, for execs as well."""
         self.pid_target: Container | None = None
         self._variables: envexec.Variables | None = None
+        self._left: list[Exec] = []
+        """Execs that are over but for what they left in the background; their cgroups go when that has ended."""
         self._serials: list[str] = []
         self._has_volumes = False
         self._lock = asyncio.Lock()
@@ -344,8 +358,7 @@ class Container:
 
     async def start_exec(self, ident: str, process: dict[str, Any], *, tty: bool, stdin: bool) -> int:
         """Gives the pid. Raises NotFound (no such program), FailedPrecondition, AlreadyExists."""
-        if self.status.state is not State.RUNNING or self._removed:
-            raise FailedPrecondition(f"container {self.id[:12]} is {self.status.state.name}, not RUNNING")
+        self.check_running()
         if ident in self.execs:
             raise AlreadyExists(f"exec {ident} exists")
         if len(self.execs) >= MAX_EXECS:
@@ -358,12 +371,29 @@ class Container:
             made.io.close()
             raise
 
+    def check_running(self) -> None:
+        """Raises FailedPrecondition."""
+        if self.status.state is not State.RUNNING or self._removed:
+            raise FailedPrecondition(f"container {self.id[:12]} is {self.status.state.name}, not RUNNING")
+
+    async def ended(self) -> int:
+        """Wait for its end, also before its start; gives the exit code."""
+        await self._over.wait()
+        return self.status.exit_code
+
     def exec(self, ident: str) -> Exec:
         """A started exec. Raises NotFound."""
         found = self.execs.get(ident)
         if found is None or found.exited is None:
             raise NotFound(f"container {self.id[:12]} has no exec {ident[:32]}")
         return found
+
+    async def leave_exec(self, ident: str) -> None:
+        """An ended one; an unknown one is fine."""
+        found = self.execs.get(ident)
+        if found is not None and found.exited is not None:
+            del self.execs[ident]
+            self._left = [old for old in (*self._left, found) if not old.leave(self.tools)]
 
     async def remove_exec(self, ident: str) -> None:
         """An unknown one is fine."""

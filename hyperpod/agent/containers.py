@@ -11,9 +11,10 @@ from hyperpod.agent.container import Container, Tools
 from hyperpod.agent.events import EventLog, Status
 from hyperpod.agent.layers import LayerSource
 from hyperpod.agent.security import Security
-from hyperpod.agent.streams import InputStream, OutputStream
+from hyperpod.agent.streams import Stream
 from hyperpod.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
 from hyperpod.tasks import Operations
+from hyperpod.wire.stdio import Open
 
 if TYPE_CHECKING:
     from hyperpod.agent.imagemount import ImageVolume
@@ -145,10 +146,18 @@ class Containers:
         if found is not None:
             await self._operations.run(f"remove-exec/{container}/{ident}", lambda: found.remove_exec(ident))
 
-    def stream(self, container: str, exec_id: str, name: str) -> InputStream | OutputStream:
+    def stream(self, what: Open) -> Stream:
         """Raises NotFound."""
-        found = self.get(container)
-        return (found.exec(exec_id).io if exec_id else found.io).stream(name)
+        if what.stream == "port":
+            from hyperpod.agent.ports import PortStream  # only a pod that is forwarded to pays for it
+
+            return PortStream(self.tools.owner, what.port)
+        if what.stream == "process":
+            from hyperpod.agent.sessions import ProcessStream
+
+            return ProcessStream(self, what)
+        found = self.get(what.container)
+        return (found.exec(what.exec_id).io if what.exec_id else found.io).stream(what.stream)
 
     async def close(self) -> None:
         """Remove every container, then unmount every layer."""

@@ -52,7 +52,7 @@ async def serve(directory: str | None) -> Place:
     stdio = Listener(
         STDIO_PORT,
         identity,
-        lambda: StdioConnection(lambda o: containers.stream(o.container, o.exec_id, o.stream)),
+        lambda: StdioConnection(containers.stream),
         MAX_STDIO,
     )
     for listener in (stdio, control):

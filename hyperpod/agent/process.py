@@ -64,6 +64,23 @@ class ProcessIO:
             async with asyncio.timeout(timeout):
                 await asyncio.gather(*outputs)
 
+    def hang_up(self) -> None:
+        """Nobody is there any more: a terminal is closed, pipes are read into nothing, so that who is told to
+        leave can do so in its own way instead of dying of a broken pipe."""
+        if self.tty:
+            self.close()
+            return
+        self.process_ended()
+        for stream in (self.stdout, self.stderr):
+            if stream is not None:
+                stream.discard()
+
+    def end_when_idle(self, grace: float) -> None:
+        """The process has ended: its outputs end with their pipes, or after `grace` seconds of silence."""
+        for stream in (self.stdout, self.stderr):
+            if stream is not None:
+                stream.end_when_idle(grace)
+
     def process_ended(self) -> None:
         """Nobody will read the input any more."""
         if self.stdin is not None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from hyperpod.agent.streams import InputStream, OutputStream
+from hyperpod.agent.streams import Stream
 from hyperpod.errors import HyperpodError
 from hyperpod.wire.stdio import Frame, FrameDecoder, Open, decode_open, encode_error
 
@@ -17,7 +17,7 @@ HIGH_WATER = 256 * 1024
 
 OPEN_TIMEOUT = 10.0
 
-Find = Callable[[Open], InputStream | OutputStream]
+Find = Callable[[Open], Stream]
 
 
 class StdioConnection(asyncio.Protocol):
@@ -26,7 +26,7 @@ class StdioConnection(asyncio.Protocol):
     def __init__(self, find: Find) -> None:
         self._find = find
         self._decoder = FrameDecoder()
-        self._stream: InputStream | OutputStream | None = None
+        self._stream: Stream | None = None
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.writable = True
@@ -52,7 +52,7 @@ class StdioConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.writable = True
-        if isinstance(self._stream, OutputStream):
+        if self._stream is not None:
             self._stream.flush()
 
     def data_received(self, data: bytes) -> None:
@@ -71,6 +71,18 @@ class StdioConnection(asyncio.Protocol):
         # 3.13.7 would watch its descriptor on and on, also once that is the next connection's (gh-136234).
         if self._transport is not None and not self._transport.is_closing():
             self._transport.writelines(buffers)
+
+    def hold(self, held: bool) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        if held:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def finish(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
 
     def drop(self, why: str) -> None:
         log.info("stdio connection dropped: %s", why)
@@ -97,10 +109,7 @@ class StdioConnection(asyncio.Protocol):
         stream = self._find(what)
         self._stream = stream
         try:
-            if isinstance(stream, OutputStream):
-                stream.attach(self, what.from_offset)
-            else:
-                stream.attach(self)
+            stream.attach(self, what.from_offset)
         except HyperpodError:
             self._stream = None
             raise

@@ -32,8 +32,30 @@ class Peer(Protocol):
     def writable(self) -> bool:
         """False while the peer reads slower than we send."""
 
+    def hold(self, held: bool) -> None:
+        """Read nothing more from the peer while held."""
+
     def drop(self, why: str) -> None:
         """Send an error and close."""
+
+    def finish(self) -> None:
+        """Close, once everything is sent."""
+
+
+class Stream(Protocol):
+    """What a stdio connection speaks to."""
+
+    def attach(self, peer: Peer, from_offset: int) -> None:
+        """The connection is there. Raises ProtocolError."""
+
+    def detach(self, peer: Peer) -> None:
+        """It is gone."""
+
+    def receive(self, frame: Frame) -> None:
+        """A frame of the peer. Raises ProtocolError."""
+
+    def flush(self) -> None:
+        """The peer takes data again."""
 
 
 class OutputStream:
@@ -48,6 +70,9 @@ class OutputStream:
         self._peer: Peer | None = None
         self.ended = asyncio.Event()
         """All output was read (not: acknowledged)."""
+        self._discarding = False
+        self._grace = 0.0
+        self._idle: asyncio.TimerHandle | None = None
 
     def start(self, fd: int, close: Callable[[], None]) -> None:
         """Begin to read from the non-blocking `fd`; `close` is called once, when it is done with."""
@@ -79,18 +104,40 @@ class OutputStream:
         if self._peer is not None and self._peer.writable and (buffers := self._sender.take()):
             self._peer.send(buffers)
 
+    def discard(self) -> None:
+        """Read on into nothing; a connected peer is dropped."""
+        peer, self._peer = self._peer, None
+        if peer is not None:
+            self._sender.detach()
+            peer.drop("the process was hung up")
+        self._discarding = True
+        self._pump()
+
     def _pump(self) -> None:
         """Read while there is room, stop when there is none."""
-        wanted = self._fd >= 0 and self._sender.room > 0
+        wanted = self._fd >= 0 and (self._discarding or self._sender.room > 0)
         if wanted and not self._reading:
             self._loop.add_reader(self._fd, self._readable)
         elif self._reading and not wanted:
             self._loop.remove_reader(self._fd)
         self._reading = wanted
+        if self._grace:
+            self._await_silence()
+
+    def end_when_idle(self, grace: float) -> None:
+        """The process has ended: so does its stream once nothing has come for `grace` seconds, though another
+        process may hold the pipe. While the peer is too slow for reading, no time passes."""
+        self._grace = grace
+        self._await_silence()
+
+    def _await_silence(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+        self._idle = self._loop.call_later(self._grace, self._end) if self._reading else None
 
     def _readable(self) -> None:
         try:
-            data = os.read(self._fd, min(MAX_PAYLOAD, self._sender.room))
+            data = os.read(self._fd, MAX_PAYLOAD if self._discarding else min(MAX_PAYLOAD, self._sender.room))
         except BlockingIOError:
             return
         except OSError:  # EIO: the other side of a terminal is closed
@@ -98,11 +145,15 @@ class OutputStream:
         if not data:
             self._end()
             return
-        self._sender.feed(data)
-        self.flush()
+        if not self._discarding:
+            self._sender.feed(data)
+            self.flush()
         self._pump()
 
     def _end(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
         if self._reading:
             self._loop.remove_reader(self._fd)
             self._reading = False
@@ -141,7 +192,7 @@ class InputStream:
         self._fd, self._close_fd = fd, close
         self._write()
 
-    def attach(self, peer: Peer) -> None:
+    def attach(self, peer: Peer, from_offset: int) -> None:
         """Take input from `peer`; an older one is dropped."""
         older, self._peer = self._peer, peer
         if older is not None:
@@ -155,6 +206,9 @@ class InputStream:
             if self._ends_with_peer:
                 self._eof = True
                 self._write()
+
+    def flush(self) -> None:
+        """There is never much to send."""
 
     def receive(self, frame: Frame) -> None:
         """DATA or EOF of the peer. Raises ProtocolError: also for more than the window unwritten."""

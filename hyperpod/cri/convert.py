@@ -25,6 +25,7 @@ from hyperpod.model.security import (
 )
 from hyperpod.spec import limits, mounts, podnet
 from hyperpod.spec.cgroup import parent_folder
+from hyperpod.wire.remotecommand import Wanted
 
 MAX_NAME = 1024
 MAX_HOSTNAME = 64
@@ -402,6 +403,10 @@ def auth(value: cri.AuthConfig | None) -> RegistryAuth | None:
 def image_name(spec: cri.ImageSpec | None) -> str:
     """The reference or id that an image RPC is about."""
     return _text("image.image", spec.image if spec is not None else "", required=True)
+
+
+def wanted(message: cri.ExecRequest | cri.AttachRequest) -> Wanted:
+    return Wanted(stdin=message.stdin, stdout=message.stdout, stderr=message.stderr, tty=message.tty)
 
 
 def command(argv: Sequence[str]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from hyperpod.cri.stats import StatsReader
 from hyperpod.image.store import ImageStore
 from hyperpod.sandbox.manager import SandboxManager
 from hyperpod.sandbox.network import PodNetworks
+from hyperpod.streaming.streams import Streams
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Ports:
     sandboxes: SandboxManager
     containers: ContainerManager
     execs: ExecRunner
+    streams: Streams
     images: ImageStore
     networks: PodNetworks
     stats: StatsReader

@@ -246,6 +246,18 @@ class RuntimeService(cri.RuntimeServiceBase):
         )
         return cri.ExecSyncResponse(stdout=result.stdout, stderr=result.stderr, exit_code=result.exit_code)
 
+    async def exec(self, message: cri.ExecRequest) -> cri.ExecResponse:
+        argv, wanted = convert.command(message.cmd), convert.wanted(message)
+        return cri.ExecResponse(url=self._ports.streams.exec(message.container_id, argv, wanted))
+
+    async def attach(self, message: cri.AttachRequest) -> cri.AttachResponse:
+        wanted = convert.wanted(message)
+        return cri.AttachResponse(url=self._ports.streams.attach(message.container_id, wanted))
+
+    async def port_forward(self, message: cri.PortForwardRequest) -> cri.PortForwardResponse:
+        url = self._ports.streams.port_forward(message.pod_sandbox_id, tuple(message.port))
+        return cri.PortForwardResponse(url=url)
+
     async def reopen_container_log(
         self, message: cri.ReopenContainerLogRequest
     ) -> cri.ReopenContainerLogResponse:

@@ -9,6 +9,8 @@ from hyperpod.vsock.dial import Endpoint
 from hyperpod.vsock.open import STDIO_PORT, open_agent
 
 _TIMEOUT = 5.0
+_AT_ONCE = 16
+"""Connections being made; the agent takes a limited number that have not proven themselves yet."""
 
 
 class AgentDialer:
@@ -18,6 +20,7 @@ class AgentDialer:
         self._sandbox_id = sandbox_id
         self._target: tuple[Endpoint, bytes] | None = None
         self._known = asyncio.Event()
+        self._turns = asyncio.Semaphore(_AT_ONCE)
 
     @property
     def known(self) -> bool:
@@ -36,4 +39,5 @@ class AgentDialer:
         await self._known.wait()
         assert self._target is not None
         endpoint, token = self._target
-        return await open_agent(endpoint, STDIO_PORT, self._sandbox_id, token, timeout=_TIMEOUT)
+        async with self._turns:
+            return await open_agent(endpoint, STDIO_PORT, self._sandbox_id, token, timeout=_TIMEOUT)

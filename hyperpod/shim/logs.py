@@ -16,6 +16,7 @@ from hyperpod.errors import NotFound
 from hyperpod.shim.dialer import AgentDialer
 from hyperpod.shim.fdstore import FdStore
 from hyperpod.shim.logfile import LogFile
+from hyperpod.shim.sessions.tap import Fanout
 from hyperpod.shim.stream import StreamPump
 from hyperpod.tasks import TaskOwner
 
@@ -36,11 +37,12 @@ class LogEnd(NamedTuple):
 class ContainerLog:
     """One container's log and its streams. File operations run in the executor, one at a time."""
 
-    def __init__(self, container: str, file: LogFile, executor: Executor) -> None:
+    def __init__(self, container: str, file: LogFile, executor: Executor, fanout: Fanout) -> None:
         self.container = container
         self.turn = asyncio.Lock()
         self.pumps: dict[str, StreamPump] = {}
         self.tasks: list[asyncio.Task[None]] = []
+        self.fanout = fanout
         self._file, self._executor = file, executor
         self._io = asyncio.Lock()
 
@@ -125,13 +127,18 @@ class LogService:
             path, inherited = str(self._cursors / container), self._inherited.pop(container, None)
             loop = asyncio.get_running_loop()
             file = await loop.run_in_executor(self._executor, lambda: LogFile(path, fd, inherited))
-            entry = ContainerLog(container, file, self._executor)
+            streams = ("stdout",) if tty else ("stdout", "stderr")
+            entry = ContainerLog(container, file, self._executor, Fanout(streams))
             self._logs[container] = entry
             await self._keep(entry)
-            for stream in ("stdout",) if tty else ("stdout", "stderr"):
-                pump = StreamPump(container, stream, self._dialer, entry)
+            for stream in streams:
+                pump = StreamPump(container, stream, self._dialer, entry, entry.fanout)
                 entry.pumps[stream] = pump
                 entry.tasks.append(self._owner.spawn(f"{container[:12]}/{stream}", pump.run()))
+
+    def fanout(self, container: str) -> Fanout:
+        """Who listens to the container's output. Raises NotFound."""
+        return self._get(container).fanout
 
     async def reopen(self, container: str, fd: int) -> None:
         """Owns `fd`. Raises NotFound, OSError, FailedPrecondition."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hyperpod import __version__
-from hyperpod.errors import InvalidArgument, ProtocolError, Unsupported
+from hyperpod.errors import InvalidArgument, ProtocolError, ResourceExhausted, Unsupported
 from hyperpod.shim.collect import Collector
 from hyperpod.shim.console import ConsoleRing
 from hyperpod.shim.control import ControlServer
@@ -23,10 +23,16 @@ from hyperpod.shim.dialer import AgentDialer
 from hyperpod.shim.fdstore import FdStore
 from hyperpod.shim.logs import LogService, inherited_logs
 from hyperpod.shim.packets import close_all
+from hyperpod.shim.sessions.command import AttachSession, ExecSession
+from hyperpod.shim.sessions.forward import ForwardSession
+from hyperpod.shim.sessions.session import Session
+from hyperpod.shim.sessions.spec import from_request
+from hyperpod.shim.sessions.stdin import SharedStdins
 from hyperpod.tasks import TaskOwner
 from hyperpod.vsock.device import VsockDevice
 from hyperpod.vsock.dial import endpoint_from_json
 from hyperpod.wire.control import Request
+from hyperpod.wire.stdio import MAX_PAYLOAD
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +41,8 @@ _WRITERS = 8
 _CONSOLE_TAIL = 8 * 1024
 _COLLECTORS = 256
 _MAX_LIMIT = 1 << 40
+_SESSIONS = 256
+"""Streaming sessions at once: each holds up to five sockets, and at most 2 MiB in either direction."""
 
 Stored = dict[str, tuple[dict[str, Any], list[int]]]
 """What a predecessor left with the supervisor: by name, a state and the descriptors that it refers to."""
@@ -60,7 +68,9 @@ class Shim:
         self.options = options
         self.stop = asyncio.Event()
         self._tasks = TaskOwner("shim", limit=_COLLECTORS)
+        self._sessions = TaskOwner("sessions", limit=_SESSIONS)
         self._dialer = AgentDialer(options.sandbox_id)
+        self._stdins = SharedStdins(self._dialer)
         self._store = FdStore(options.supervisor, options.sandbox_id, options.directory)
         self._device_state = "none"
         self._operations: dict[str, Callable[[Request, list[int]], Awaitable[dict[str, Any]]]] = {
@@ -71,6 +81,7 @@ class Shim:
             "log_finish": self._log_finish,
             "log_stop": self._log_stop,
             "collect": self._collect,
+            "session": self._session,
             "console": self._console_tail,
             "shutdown": self._shutdown,
         }
@@ -93,6 +104,7 @@ class Shim:
             self._logs = LogService(directory / "cursors", self._dialer, self._store, executor, logs)
             stack.push_async_callback(self._logs.close)
             stack.push_async_callback(self._tasks.close)
+            stack.push_async_callback(self._sessions.close)
             control = ControlServer(str(directory / "control.sock"), self._handle)
             stack.push_async_callback(control.close)
             self._tasks.spawn("store", self._store.run())
@@ -171,6 +183,26 @@ class Shim:
         self._tasks.spawn(f"collect/{exec_id[:12]}", collector.run())
         return {}
 
+    async def _session(self, request: Request, fds: list[int]) -> dict[str, Any]:
+        """Takes over the client's socket; an exec's second descriptor is a file with its OCI process."""
+        spec = from_request(request)
+        if len(fds) != (2 if spec.exec_id else 1):
+            raise InvalidArgument(f"session: {len(fds)} descriptors came for {spec.kind}")
+        if len(self._sessions) >= _SESSIONS:
+            raise ResourceExhausted(f"the pod has {_SESSIONS} streaming sessions already")
+        fanout = self._logs.fanout(spec.container) if spec.kind == "attach" else None
+        process = _read_file(fds[1]) if spec.exec_id else b""
+        sock = socket.socket(fileno=fds.pop(0))
+        session: Session
+        if spec.exec_id:
+            session = ExecSession(sock, spec, self._dialer, process)
+        elif fanout is not None:
+            session = AttachSession(sock, spec, self._dialer, fanout, self._stdins)
+        else:
+            session = ForwardSession(sock, spec, self._dialer)
+        self._sessions.spawn(f"{spec.kind}/{(spec.exec_id or spec.container)[:12]}", session.run())
+        return {}
+
     async def _console_tail(self, request: Request, fds: list[int]) -> dict[str, Any]:
         return {"tail": base64.b64encode(self._console.tail(_CONSOLE_TAIL)).decode()}
 
@@ -178,6 +210,14 @@ class Shim:
         # After the reply: a little later is early enough.
         asyncio.get_running_loop().call_later(0.02, self.stop.set)
         return {}
+
+
+def _read_file(fd: int) -> bytes:
+    """Raises InvalidArgument: more than a frame holds, so that the agent would not take it."""
+    data = os.pread(fd, MAX_PAYLOAD + 1, 0)
+    if len(data) > MAX_PAYLOAD:
+        raise InvalidArgument(f"arguments and environment of the exec take more than {MAX_PAYLOAD} bytes")
+    return data
 
 
 def _take(request: Request, fds: list[int]) -> int:

@@ -1,4 +1,5 @@
-"""One stream of one container, from the agent to its log: connect, read, write, acknowledge, reconnect."""
+"""One stream of one container, from the agent to its log (and then to who is attached): connect, read, write,
+acknowledge, reconnect."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import Protocol
 from hyperpod.errors import HyperpodError, Unavailable
 from hyperpod.logs import printable
 from hyperpod.shim.dialer import AgentDialer
+from hyperpod.shim.sessions.tap import Fanout
 from hyperpod.wire.crilog import LineFormatter
 from hyperpod.wire.stdio import Frame, HostReader, Open
 
@@ -42,9 +44,9 @@ class Sink(Protocol):
 class StreamPump:
     """`run` it as a task; it ends when the stream's EOF is written."""
 
-    def __init__(self, container: str, stream: str, dialer: AgentDialer, sink: Sink) -> None:
+    def __init__(self, container: str, stream: str, dialer: AgentDialer, sink: Sink, fanout: Fanout) -> None:
         self._container, self._stream = container, stream
-        self._dialer, self._sink = dialer, sink
+        self._dialer, self._sink, self._fanout = dialer, sink, fanout
         self._formatter: LineFormatter | None = None
         self._progress = False
 
@@ -63,6 +65,7 @@ class StreamPump:
                     )
             delay = _FIRST_RETRY if self._progress else min(2 * delay, _LAST_RETRY)
             await asyncio.sleep(delay)
+        self._fanout.end(self._stream)
 
     async def write_tail(self) -> None:
         """Write an unfinished last line now: it is not known whether anything follows."""
@@ -84,6 +87,8 @@ class StreamPump:
             while True:
                 frames = reader.feed(data)
                 await self._take(frames, reader, formatter)
+                for frame in frames:
+                    await self._fanout.publish(self._stream, frame.offset, frame.payload)
                 await self._acknowledge(sock, reader, formatter)
                 if reader.eof:
                     return

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hyperpod.errors import ProtocolError
 from hyperpod.shim.caller import ControlCaller
+from hyperpod.shim.sessions.spec import SessionSpec, to_json
 from hyperpod.vsock.dial import Endpoint, endpoint_to_json
 
 CALL = 10.0
@@ -88,6 +89,15 @@ class ShimClient:
         """Have an exec's output relayed to the stream socket `fd`: see hyperpod.shim.collect."""
         args = {"container": container, "exec": exec_id, "tty": tty, "limit": limit}
         await self._caller.call("collect", args, (fd,), timeout=CALL)
+
+    async def session(self, spec: SessionSpec, client: int, process: int | None = None) -> None:
+        """Hand a client's socket over (both descriptors stay the caller's): see hyperpod.shim.sessions.
+
+        `process`: a file with the OCI process of an exec. Raises NotFound, ResourceExhausted, InvalidArgument:
+        nothing has been written to the client then.
+        """
+        fds = (client,) if process is None else (client, process)
+        await self._caller.call("session", to_json(spec), fds, timeout=CALL)
 
     async def console(self) -> str:
         """The last 8 KiB of the guest's console, base64."""

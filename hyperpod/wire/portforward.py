@@ -59,6 +59,9 @@ ForwardEvent = Dial | Forward | ForwardEnded | Dropped | ForwardLeft
 class PortForward(Protocol):
     """What every transport offers; unknown numbers are fine, their connections are over."""
 
+    half_close: bool
+    """Whether one direction of a connection can end before the other."""
+
     def start(self) -> list[ForwardEvent]:
         """To be asked once, before anything is received."""
 
@@ -83,9 +86,6 @@ class PortForward(Protocol):
 
     def expire(self) -> None:
         """Refuse connections that were already incomplete when this was last called."""
-
-    def ping(self) -> None:
-        """Something to see whether the client is still there."""
 
     def finish(self) -> None:
         """Goodbye."""
@@ -117,6 +117,7 @@ class _Pair:
 class SpdyForward:
     """A data and an error stream for each connection, joined by the header `requestid`."""
 
+    half_close = True
     _connection: spdy.Connection = field(
         default_factory=lambda: spdy.Connection(
             spdy.Role.SERVER, limits=spdy.Limits(streams=2 * MAX_CONNECTIONS)
@@ -252,9 +253,6 @@ class SpdyForward:
                 self._drop(pair, f"timed out waiting for the streams of request {pair.request}")
             pair.old = True
 
-    def ping(self) -> None:
-        self._connection.ping()
-
     def finish(self) -> None:
         for ident in list(self._pairs):
             self.close(ident)
@@ -284,9 +282,6 @@ class TunnelForward(SpdyForward):
         self._wrap()
         self._codec.close()
 
-    def ping(self) -> None:
-        self._codec.ping()
-
     def _wrap(self) -> None:
         if buffers := super().data_to_send():
             self._codec.message(buffers)
@@ -298,6 +293,8 @@ class TunnelForward(SpdyForward):
 
 class WebSocketForward:
     """Two channels for each port, data and error; every port is dialled once, at the start."""
+
+    half_close = False
 
     def __init__(self, ports: tuple[int, ...], *, base64: bool) -> None:
         self._ports, self._base64 = ports, base64
@@ -363,9 +360,6 @@ class WebSocketForward:
 
     def expire(self) -> None:
         """Nothing: all connections are there from the start."""
-
-    def ping(self) -> None:
-        self._codec.ping()
 
     def finish(self) -> None:
         self._codec.close()

@@ -101,9 +101,6 @@ class RemoteCommand(Protocol):
     def consumed(self, count: int) -> None:
         """So many bytes of Stdin are written."""
 
-    def ping(self) -> None:
-        """Something to see whether the client is still there."""
-
     def finish(self, outcome: Outcome) -> None:
         """The last that is sent: how it ended, and goodbye."""
 
@@ -219,9 +216,6 @@ class SpdyCommand:
     def consumed(self, count: int) -> None:
         self._connection.acknowledge(self._streams.get(Channel.STDIN, 0), count)
 
-    def ping(self) -> None:
-        self._connection.ping()
-
     def finish(self, outcome: Outcome) -> None:
         message = as_status(outcome) if self._version >= 4 else as_text(outcome)
         # Only a client that keeps its window shut does not hear how it ended.
@@ -317,9 +311,6 @@ class WebSocketCommand:
 
     def consumed(self, count: int) -> None:
         """Nothing: the only window is TCP's."""
-
-    def ping(self) -> None:
-        self._codec.ping()
 
     def finish(self, outcome: Outcome) -> None:
         message = as_status(outcome) if self._version >= 4 else as_text(outcome)

@@ -6,6 +6,7 @@
     agent    OPENED(offset where it starts) or ERROR(text)
     stdout   agent: DATA(offset) ... GAP(first available) ... EOF(total)    host: ACK(offset), cumulative
     stdin    host: DATA(offset) ... EOF(total)                              agent: ACK(offset), cumulative
+    process  see wire.process: an exec's life, terminal sizes, the exit     port  see wire.portpipe
 
 Offsets count the bytes of the stream from its first one. A sender has at most WINDOW bytes unacknowledged; it
 then stops reading its source: back-pressure, never a drop. A connection that ends before EOF has failed.
@@ -32,7 +33,7 @@ ACK_EVERY = 64 * 1024
 """Receivers acknowledge at least this often, so that a sender never waits for a full window."""
 MAX_OFFSET = 2**63 - 1
 MAX_TEXT = 1024
-STREAMS = ("stdin", "stdout", "stderr")
+STREAMS = ("stdin", "stdout", "stderr", "process", "port")
 _CONTAINER = re.compile(r"[0-9a-f]{64}")
 _EXEC = re.compile(r"([0-9a-f]{32})?")
 
@@ -47,9 +48,12 @@ class FrameType(IntEnum):
     GAP = 5
     ACK = 6
     ERROR = 7
+    START = 8
+    EXIT = 9
+    RESIZE = 10
 
 
-_CARRIES_PAYLOAD = {FrameType.OPEN, FrameType.DATA, FrameType.ERROR}
+_CARRIES_PAYLOAD = {FrameType.OPEN, FrameType.DATA, FrameType.ERROR, FrameType.START, FrameType.EXIT}
 
 
 class Frame(NamedTuple):
@@ -62,12 +66,15 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class Open:
-    """What the host asks for. `exec_id` is empty for the container's own streams."""
+    """What the host asks for. `exec_id` is empty for the container's own streams, `container` for a port."""
 
     container: str
     stream: str
     exec_id: str = ""
     from_offset: int = 0
+    port: int = 0
+    tty: bool = False
+    stdin: bool = False
 
 
 class StreamRefused(ProtocolError):
@@ -80,12 +87,16 @@ def encode(kind: FrameType, offset: int = 0, payload: bytes = b"") -> bytes:
 
 
 def encode_open(request: Open) -> bytes:
-    fields = {
+    fields: dict[str, object] = {
         "container": request.container,
         "exec": request.exec_id,
         "stream": request.stream,
         "from_offset": request.from_offset,
     }
+    if request.stream == "port":
+        fields["port"] = request.port
+    elif request.stream == "process":
+        fields |= {"tty": request.tty, "stdin": request.stdin}
     return encode(FrameType.OPEN, 0, json.dumps(fields).encode())
 
 
@@ -135,6 +146,8 @@ def decode_open(frame: Frame) -> Open:
         raise ProtocolError("stdio: OPEN is not an object")
     container, exec_id = fields.get("container"), fields.get("exec")
     stream, start = fields.get("stream"), fields.get("from_offset")
+    if stream == "port":
+        return _decode_port(fields)
     if not isinstance(container, str) or not _CONTAINER.fullmatch(container):
         raise ProtocolError("stdio: OPEN with a malformed container id")
     if not isinstance(exec_id, str) or not _EXEC.fullmatch(exec_id):
@@ -143,7 +156,17 @@ def decode_open(frame: Frame) -> Open:
         raise ProtocolError("stdio: OPEN of an unknown stream")
     if type(start) is not int or not 0 <= start <= MAX_OFFSET:
         raise ProtocolError("stdio: OPEN with a malformed offset")
-    return Open(container, stream, exec_id, start)
+    tty, stdin = fields.get("tty", False), fields.get("stdin", False)
+    if not isinstance(tty, bool) or not isinstance(stdin, bool):
+        raise ProtocolError("stdio: OPEN with malformed flags")
+    return Open(container, stream, exec_id, start, tty=tty, stdin=stdin)
+
+
+def _decode_port(fields: dict[str, object]) -> Open:
+    port = fields.get("port")
+    if type(port) is not int or not 0 < port < 65536 or fields.get("container") or fields.get("exec"):
+        raise ProtocolError("stdio: OPEN with a malformed port")
+    return Open("", "port", port=port)
 
 
 class FrameDecoder:
@@ -189,7 +212,7 @@ def _check(number: int, reserved: int, length: int, offset: int) -> FrameType:
         raise ProtocolError(f"stdio: frame of {length} bytes")
     if length and kind not in _CARRIES_PAYLOAD:
         raise ProtocolError(f"stdio: {kind.name} with a payload")
-    if not length and kind in (FrameType.DATA, FrameType.OPEN):
+    if not length and kind in (FrameType.DATA, FrameType.OPEN, FrameType.START):
         raise ProtocolError(f"stdio: empty {kind.name}")
     if offset > MAX_OFFSET or (kind in (FrameType.OPEN, FrameType.ERROR) and offset):
         raise ProtocolError(f"stdio: {kind.name} with offset {offset}")
@@ -386,7 +409,7 @@ class StdinSender:
         """Bytes that may be taken from the source now."""
         return WINDOW - (self.offset - self.acked) if self.opened and not self.finished else 0
 
-    def data(self, data: bytes) -> list[bytes | memoryview]:
+    def data(self, data: bytes | memoryview) -> list[bytes | memoryview]:
         """Buffers to send; at most `room` bytes."""
         if len(data) > self.room:
             raise ValueError(f"{len(data)} bytes given, room for {self.room}")

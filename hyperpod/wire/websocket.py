@@ -83,10 +83,6 @@ class MessageCodec:
         if self._connection.state is ConnectionState.OPEN:
             self._out.append(self._connection.send(TextMessage(data=data.decode("ascii"))))
 
-    def ping(self) -> None:
-        if self._connection.state is ConnectionState.OPEN:
-            self._out.append(self._connection.send(Ping()))
-
     def close(self, code: CloseReason = CloseReason.NORMAL_CLOSURE) -> None:
         """Queue the goodbye, once."""
         if self._connection.state in (ConnectionState.OPEN, ConnectionState.REMOTE_CLOSING):

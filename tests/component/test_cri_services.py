@@ -67,6 +67,7 @@ async def client() -> AsyncIterator[Client]:
                 sandboxes=NOWHERE,
                 containers=NOWHERE,
                 execs=NOWHERE,
+                streams=NOWHERE,
                 images=store,
                 networks=networks,
                 stats=NOWHERE,
@@ -160,8 +161,8 @@ async def test_refusals_come_before_any_work(client: Client) -> None:
         await client.runtime.create_container(cri.CreateContainerRequest(config=mounts))
     async with refused(Status.INVALID_ARGUMENT, "timeout is -5"):
         await client.runtime.stop_container(cri.StopContainerRequest(container_id="a", timeout=-5))
-    async with refused(Status.UNIMPLEMENTED, "PortForward is not built yet"):
-        await client.runtime.port_forward(cri.PortForwardRequest())
+    async with refused(Status.UNIMPLEMENTED, "CheckpointContainer is not built yet"):
+        await client.runtime.checkpoint_container(cri.CheckpointContainerRequest())
     async with refused(Status.UNIMPLEMENTED, "GetContainerEvents is not built yet"):
         _ = [event async for event in client.runtime.get_container_events(cri.GetEventsRequest())]
 

@@ -407,8 +407,8 @@ def test_pages() -> None:
 
 async def test_unbuilt_rpcs_name_themselves() -> None:
     service = RuntimeService.__new__(RuntimeService)
-    with pytest.raises(Unsupported, match="PortForward is not built yet"):
-        await service.port_forward(cri.PortForwardRequest())
+    with pytest.raises(Unsupported, match="CheckpointContainer is not built yet"):
+        await service.checkpoint_container(cri.CheckpointContainerRequest())
     with pytest.raises(Unsupported, match="GetContainerEvents is not built yet"):
         async for _ in service.get_container_events(cri.GetEventsRequest()):
             raise AssertionError("no events")

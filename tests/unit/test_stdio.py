@@ -57,10 +57,24 @@ def test_open_round_trip(stream: str, exec_id: str, offset: int) -> None:
 
 
 @pytest.mark.parametrize(
+    "request_",
+    [
+        Open("", "port", port=65535),
+        Open(CONTAINER, "process", EXEC, tty=True),
+        Open(CONTAINER, "process", stdin=True),
+    ],
+)
+def test_open_of_a_port_and_of_a_process(request_: Open) -> None:
+    [frame] = FrameDecoder().feed(stdio.encode_open(request_))
+    assert stdio.decode_open(frame) == request_
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"container": "x"}, {"container": 1}, {"exec": "zz"}, {"exec": None}, {"stream": "tty"}, {"stream": []},
         {"from_offset": -1}, {"from_offset": True}, {"from_offset": 1.5}, {"from_offset": 2**63},
+        {"stream": "port"}, {"stream": "port", "container": "", "port": 0}, {"stream": "process", "tty": 1},
     ],
 )  # fmt: skip
 def test_a_malformed_open_is_refused(change: dict[str, object]) -> None:
@@ -78,7 +92,8 @@ def test_an_open_that_is_no_object_is_refused(payload: bytes) -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        (0, 0, 0, 0), (8, 0, 0, 0), (3, 1, 1, 0), (3, 0, MAX_PAYLOAD + 1, 0), (3, 0, 0, 0), (6, 0, 1, 0),
+        (0, 0, 0, 0), (11, 0, 0, 0), (8, 0, 0, 0), (10, 0, 1, 0), (3, 1, 1, 0),
+        (3, 0, MAX_PAYLOAD + 1, 0), (3, 0, 0, 0), (6, 0, 1, 0),
         (4, 0, 0, 2**63), (1, 0, 2, 1), (7, 0, 2, 1), (1, 0, 0, 0),
     ],
 )  # fmt: skip

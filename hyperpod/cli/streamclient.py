@@ -1,0 +1,206 @@
+"""A client of streaming URLs, over SPDY: what the exec, attach and port-forward commands speak."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from urllib.parse import urlsplit
+
+import h11
+
+from hyperpod.errors import HyperpodError, ProtocolError, Unavailable
+from hyperpod.shim.sessions.socket import Buffer, StreamSocket
+from hyperpod.wire import spdy
+
+_ANSWER_TIMEOUT = 60.0
+_MAX_ANSWER = 64 * 1024
+
+
+class Stream:
+    """One SPDY stream; `read` by one task at a time. Unread data is not bounded: read what you open."""
+
+    def __init__(self, client: SpdyClient, number: int) -> None:
+        self._client, self.number = client, number
+        self._chunks: list[bytes] = []
+        self._news = asyncio.Event()
+        self.answered = asyncio.Event()
+        self.accepted = self.ended = self.was_reset = False
+
+    async def read(self) -> bytes:
+        """What has come; empty at the end. Raises Unavailable when it was reset or the connection broke."""
+        while not self._chunks:
+            if self.ended:
+                return b""
+            if self.was_reset or self._client.failure is not None:
+                raise Unavailable(str(self._client.failure or "the stream was reset"))
+            self._news.clear()
+            await self._news.wait()
+        data, self._chunks = b"".join(self._chunks), []
+        return data
+
+    async def read_all(self) -> bytes:
+        """To the end, whether it is a clean one or not."""
+        parts = []
+        with contextlib.suppress(Unavailable):
+            while part := await self.read():
+                parts.append(part)
+        return b"".join(parts)
+
+    async def write(self, data: Buffer) -> None:
+        """Raises Unavailable."""
+        self._client.check(self)
+        self._client.connection.send_data(self.number, data)
+        await self._client.flush()
+
+    async def end(self) -> None:
+        """Nothing more will be written."""
+        if self._client.connection.can_send(self.number) and self._client.failure is None:
+            self._client.connection.end(self.number)
+            await self._client.flush()
+
+    async def reset(self) -> None:
+        self._client.connection.reset(self.number)
+        await self._client.flush()
+
+    def feed(self, data: bytes) -> None:
+        self._chunks.append(data)
+        self._news.set()
+
+    def wake(self) -> None:
+        self.answered.set()
+        self._news.set()
+
+
+class SpdyClient:
+    """A connection to one streaming URL."""
+
+    def __init__(self, sock: StreamSocket, early: bytes) -> None:
+        self.connection = spdy.Connection(spdy.Role.CLIENT, flow_control=spdy.FlowControl.NONE)
+        self.failure: HyperpodError | None = None
+        self.closed = asyncio.Event()
+        self._socket = sock
+        self._streams: dict[int, Stream] = {}
+        self._reader = asyncio.ensure_future(self._read(early))
+
+    @classmethod
+    async def connect(cls, url: str, protocol: str) -> SpdyClient:
+        """Raises Unavailable: nobody listens, or the server refuses; its words are in the error."""
+        sock, early = await upgraded(
+            url, [("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"), ("X-Stream-Protocol-Version", protocol)]
+        )
+        return cls(StreamSocket(sock), early)
+
+    async def open(self, headers: spdy.Headers) -> Stream:
+        """Raises Unavailable when the server refuses it."""
+        number = self.connection.open_stream(headers)
+        stream = self._streams[number] = Stream(self, number)
+        await self.flush()
+        await stream.answered.wait()
+        if not stream.accepted:
+            self.check(stream)
+        return stream
+
+    def check(self, stream: Stream) -> None:
+        if self.failure is not None or stream.was_reset:
+            raise Unavailable(str(self.failure or "the server refused or reset the stream"))
+
+    async def flush(self) -> None:
+        self._socket.write(self.connection.data_to_send())
+        try:
+            await self._socket.drain()
+        except OSError as exc:
+            raise Unavailable(f"the connection broke: {exc.strerror}") from exc
+
+    async def close(self) -> None:
+        """Goodbye, without waiting for anything."""
+        with contextlib.suppress(Unavailable, spdy.SpdyError):
+            self.connection.close()
+            await self.flush()
+        self.abort()
+        await asyncio.gather(self._reader, return_exceptions=True)
+
+    def abort(self) -> None:
+        """Gone, without a word."""
+        self._reader.cancel()
+        self._socket.close()
+
+    async def _read(self, data: bytes) -> None:
+        try:
+            while True:
+                for event in self.connection.receive_data(data):
+                    self._handle(event)
+                self._socket.write(self.connection.data_to_send())
+                data = await self._socket.receive()
+                if not data:
+                    raise Unavailable("the server closed the connection")
+        except spdy.RemoteProtocolError as exc:
+            self.failure = ProtocolError(f"SPDY: {exc}")
+        except OSError as exc:
+            self.failure = Unavailable(f"the connection broke: {exc.strerror}")
+        except Unavailable as exc:
+            self.failure = exc
+        finally:
+            self.closed.set()
+            for stream in self._streams.values():
+                stream.wake()
+
+    def _handle(self, event: spdy.Event) -> None:
+        match event:
+            case spdy.DataReceived(number, payload):
+                self._streams[number].feed(bytes(payload))
+            case spdy.StreamReplied(number):
+                self._streams[number].accepted = True
+                self._streams[number].wake()
+            case spdy.StreamEnded(number):
+                self._streams[number].ended = True
+                self._streams[number].wake()
+            case spdy.StreamReset(number):
+                self._streams[number].was_reset = True
+                self._streams[number].wake()
+            case spdy.StreamOpened(number):
+                self.connection.reset(number, spdy.ResetStatus.REFUSED_STREAM)
+
+
+async def upgraded(
+    url: str, headers: list[tuple[str, str]], method: str = "POST"
+) -> tuple[socket.socket, bytes]:
+    """A socket after the 101 response, and what was read behind it. Raises Unavailable."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname is None:
+        raise Unavailable(f"only http URLs can be used here, not {url[:100]!r}; with TLS use crictl")
+    loop, http = asyncio.get_running_loop(), h11.Connection(h11.CLIENT)
+    family = socket.AF_INET6 if ":" in parts.hostname else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        async with asyncio.timeout(_ANSWER_TIMEOUT):
+            await loop.sock_connect(sock, (parts.hostname, parts.port or 80))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            request = h11.Request(
+                method=method, target=parts.path, headers=[("Host", parts.netloc), *headers]
+            )
+            await loop.sock_sendall(
+                sock, (http.send(request) or b"") + (http.send(h11.EndOfMessage()) or b"")
+            )
+            status, text = 0, b""
+            while True:
+                event = http.next_event()
+                if event is h11.NEED_DATA:
+                    http.receive_data(await loop.sock_recv(sock, 65536))
+                elif isinstance(event, h11.InformationalResponse) and event.status_code == 101:
+                    return sock, http.trailing_data[0]
+                elif isinstance(event, h11.Response):
+                    status = event.status_code
+                elif isinstance(event, h11.Data):
+                    text = (text + event.data)[:_MAX_ANSWER]
+                elif isinstance(event, h11.EndOfMessage | h11.ConnectionClosed):
+                    raise Unavailable(
+                        f"the server answered {status}: {text.decode(errors='replace').strip()}"
+                    )
+    except (OSError, TimeoutError, h11.RemoteProtocolError) as exc:
+        sock.close()
+        raise Unavailable(f"cannot reach {parts.netloc}: {exc or 'no answer'}") from exc
+    except BaseException:
+        sock.close()
+        raise

@@ -1,0 +1,140 @@
+"""A stream socket for relays: writes from a queue of buffers, none of which is copied; bounded by `drain`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+import socket
+from collections import deque
+from collections.abc import Awaitable, Iterable
+
+Buffer = bytes | bytearray | memoryview
+
+CHUNK = 256 * 1024
+"""Bytes read at once."""
+HIGH_WATER = 512 * 1024
+"""Bytes queued before `drain` waits."""
+_HOPELESS = 4 * 1024 * 1024
+"""Bytes queued that no waiting relay can have caused: the peer makes us answer and does not read."""
+_BATCH = 64
+"""Buffers for one sendmsg(2); Linux takes 1024, but a socket's room is used up long before."""
+_LINGER = 5.0
+_LOOK = 1.0
+
+
+class StreamSocket:
+    """Owns a connected socket. One reader; any number of tasks may write and drain."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock, self._loop = sock, asyncio.get_running_loop()
+        self._queue: deque[Buffer] = deque()
+        self._queued = 0
+        self._writing = False
+        self._failure: OSError | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+        self.active = self._loop.time()
+        """When bytes last went either way, loop time."""
+
+    async def receive(self) -> bytes:
+        """The next bytes, empty at the end. Raises OSError."""
+        data = await self._loop.sock_recv(self._sock, CHUNK)
+        self.active = self._loop.time()
+        return data
+
+    def write(self, buffers: Iterable[Buffer]) -> None:
+        """Queue, and send what the socket takes now. Of a socket that has failed, `drain` tells."""
+        for buffer in buffers:
+            if length := len(buffer):
+                self._queue.append(buffer)
+                self._queued += length
+        if not self._writing:
+            self._flush()
+        if self._queued > _HOPELESS:
+            self._fail(ConnectionAbortedError("the client does not read"))
+
+    async def drain(self, below: int = HIGH_WATER) -> None:
+        """Wait until at most `below` bytes are queued. Raises OSError."""
+        while self._failure is None and self._queued > below:
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            self._waiters.append(waiter)
+            await waiter
+        if self._failure is not None:
+            raise self._failure
+
+    async def hold(self, until: Awaitable[object]) -> None:
+        """Wait for something before more is read. Raises ConnectionResetError when the peer goes meanwhile."""
+        task = asyncio.ensure_future(until)
+        try:
+            while not (await asyncio.wait({task}, timeout=_LOOK))[0]:
+                if self._hung_up():
+                    raise ConnectionResetError("the client went away")
+            await task
+        finally:
+            task.cancel()
+
+    def _hung_up(self) -> bool:
+        """Nobody reads, so nobody would notice."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    async def finish(self) -> None:
+        """Everything out, then wait a little for the other side to go first: a reset would destroy what it has
+        not read yet."""
+        with contextlib.suppress(OSError):
+            await self.drain(0)
+            self._sock.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LINGER):
+                    while await self._loop.sock_recv(self._sock, CHUNK):
+                        pass
+
+    def close(self) -> None:
+        self._fail(ConnectionAbortedError("closed"))
+        self._sock.close()
+
+    def _flush(self) -> None:
+        queue = self._queue
+        while queue:
+            batch = [queue[i] for i in range(min(len(queue), _BATCH))]
+            try:
+                sent = self._sock.sendmsg(batch)
+            except BlockingIOError:
+                if not self._writing:
+                    self._writing = True
+                    self._loop.add_writer(self._sock.fileno(), self._flush)
+                break
+            except OSError as exc:
+                self._fail(exc)
+                return
+            self.active = self._loop.time()
+            self._queued -= sent
+            for buffer in batch:
+                queue.popleft()
+                if sent < len(buffer):
+                    queue.appendleft(memoryview(buffer)[sent:])
+                    break
+                sent -= len(buffer)
+        else:
+            self._stop_writing()
+        self._wake()
+
+    def _fail(self, exc: OSError) -> None:
+        self._failure = self._failure or exc
+        self._queue.clear()
+        self._queued = 0
+        self._stop_writing()
+        self._wake()
+
+    def _stop_writing(self) -> None:
+        if self._writing:
+            self._writing = False
+            self._loop.remove_writer(self._sock.fileno())
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)

@@ -1,0 +1,107 @@
+"""Exec, Attach and PortForward of the CRI: what is asked for gets a URL, and what comes there goes to the shim."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from dataclasses import replace
+
+from hyperpod.config import StreamingConfig
+from hyperpod.container import process
+from hyperpod.container.live import LiveContainer
+from hyperpod.container.manager import ContainerManager
+from hyperpod.errors import FailedPrecondition, InvalidArgument
+from hyperpod.model.container import ContainerState
+from hyperpod.sandbox.manager import SandboxManager
+from hyperpod.shim.sessions.spec import SessionSpec
+from hyperpod.spec.oci import build_process
+from hyperpod.streaming.server import StreamingServer
+from hyperpod.streaming.tokens import Target, Tokens
+from hyperpod.wire.remotecommand import Wanted
+from hyperpod.wire.upgrade import Upgrade
+
+
+class Streams:
+    """Owns the streaming server."""
+
+    def __init__(
+        self, config: StreamingConfig, sandboxes: SandboxManager, containers: ContainerManager
+    ) -> None:
+        """Raises InvalidArgument: the certificates cannot be used."""
+        self._config, self._sandboxes, self._containers = config, sandboxes, containers
+        self.server = StreamingServer(config, Tokens(), self._hand_over)
+
+    def exec(self, ident: str, argv: tuple[str, ...], wanted: Wanted) -> str:
+        """The URL. Raises NotFound, FailedPrecondition, InvalidArgument, ResourceExhausted."""
+        _check(wanted)
+        if not argv:
+            raise InvalidArgument("Exec without a command")
+        return self.server.url(Target("exec", self._running(ident).id, argv=argv, wanted=wanted))
+
+    def attach(self, ident: str, wanted: Wanted) -> str:
+        """The URL. Raises NotFound, FailedPrecondition, InvalidArgument, ResourceExhausted."""
+        _check(wanted)
+        return self.server.url(Target("attach", self._running(ident).id, wanted=wanted))
+
+    def port_forward(self, ident: str, ports: tuple[int, ...]) -> str:
+        """The URL. Raises NotFound, FailedPrecondition, InvalidArgument, ResourceExhausted."""
+        for port in ports:
+            if not 0 < port < 65536:
+                raise InvalidArgument(f"there is no port {port}")
+        sandbox = self._sandboxes.get(ident)
+        self._sandboxes.live(sandbox.id).need_ready()
+        return self.server.url(Target("portforward", sandbox.id, ports=ports))
+
+    def _running(self, ident: str) -> LiveContainer:
+        container = self._containers.index.get(ident)
+        if container.state is not ContainerState.RUNNING:
+            raise FailedPrecondition(f"container {container.short} is {container.state.value}, not running")
+        return container
+
+    async def _hand_over(
+        self, target: Target, upgrade: Upgrade, sock: socket.socket, head: bytes, early: bytes
+    ) -> None:
+        spec = SessionSpec(
+            transport=upgrade.transport,
+            protocol=upgrade.protocol,
+            head=head,
+            early=early,
+            idle=self._config.idle_timeout,
+            creation=self._config.creation_timeout,
+            wanted=target.wanted,
+            ports=target.ports,
+        )
+        if target.kind == "portforward":
+            sandbox = self._sandboxes.live(target.ident)
+            sandbox.need_ready()
+            await sandbox.need_shim().session(spec, sock.fileno())
+            return
+        container = self._running(target.ident)
+        shim = self._containers.sandboxes.live(container.sandbox_id).need_shim()
+        record = container.record
+        spec = replace(spec, container=container.id)
+        if target.kind == "attach":
+            config = record.config
+            spec = replace(spec, tty=config.tty, stdin_once=config.stdin_once)
+            await shim.session(spec, sock.fileno())
+            return
+        tty = target.wanted.tty
+        spec = replace(spec, exec_id=secrets.token_hex(16), tty=tty)
+        given = process.spec_input(record)
+        if tty and not any(item.startswith(b"TERM=") for item in given.env):
+            given = replace(given, env=(*given.env, b"TERM=xterm"))
+        document = build_process(replace(given, args=target.argv, tty=tty))
+        file = os.memfd_create("exec", os.MFD_CLOEXEC)
+        try:
+            os.write(file, document)
+            await shim.session(spec, sock.fileno(), file)
+        finally:
+            os.close(file)
+
+
+def _check(wanted: Wanted) -> None:
+    if not (wanted.stdin or wanted.stdout or wanted.stderr):
+        raise InvalidArgument("one of stdin, stdout and stderr must be set")
+    if wanted.tty and wanted.stderr:
+        raise InvalidArgument("tty and stderr cannot both be set: a terminal has one output")

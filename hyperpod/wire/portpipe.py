@@ -1,0 +1,84 @@
+"""The `port` stream of a stdio connection: one TCP connection to a port of the pod. Sans-IO.
+
+    host     OPEN {"stream": "port", "port"}
+    agent    OPENED when it is connected, or ERROR(text)
+    both     DATA(offset) ... EOF(total); the agent ERROR(text) when the connection breaks
+
+There are no acknowledgements: each connection has its own back-pressure. The framing tells an end from a break.
+"""
+
+from __future__ import annotations
+
+from hyperpod.errors import ProtocolError
+from hyperpod.wire.stdio import (
+    Frame,
+    FrameDecoder,
+    FrameType,
+    Open,
+    StreamRefused,
+    encode_data,
+    encode_eof,
+    encode_open,
+)
+
+Buffer = bytes | bytearray | memoryview
+
+
+class PortEnd:
+    """What both sides do alike: offsets both ways."""
+
+    def __init__(self) -> None:
+        self._sent = self._received = 0
+        self.ended = False
+        """The other side has sent its EOF."""
+        self.finished = False
+        """`finish` was called."""
+
+    def data(self, data: bytes | memoryview) -> list[bytes | memoryview]:
+        """Buffers to send."""
+        out = encode_data(self._sent, data)
+        self._sent += len(data)
+        return out
+
+    def finish(self) -> bytes:
+        """Nothing more follows."""
+        self.finished = True
+        return encode_eof(self._sent)
+
+    def take(self, frame: Frame) -> bytes | memoryview:
+        """The payload of DATA; empty for EOF, see `ended`. Raises ProtocolError."""
+        if frame.type not in (FrameType.DATA, FrameType.EOF) or self.ended:
+            raise ProtocolError(f"stdio: {frame.type.name} {'after EOF' if self.ended else 'of a port'}")
+        if frame.offset != self._received:
+            raise ProtocolError(f"stdio: {frame.type.name} at {frame.offset}, due was {self._received}")
+        if frame.type is FrameType.EOF:
+            self.ended = True
+            return b""
+        self._received += len(frame.payload)
+        return frame.payload
+
+
+class HostPort(PortEnd):
+    """The host's side."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__()
+        self._port, self._decoder = port, FrameDecoder()
+        self.opened = False
+
+    def start(self) -> bytes:
+        return encode_open(Open("", "port", port=self._port))
+
+    def feed(self, data: bytes) -> list[bytes | memoryview]:
+        """Payloads; look at `opened` and `ended` too. Raises ProtocolError, StreamRefused."""
+        out: list[bytes | memoryview] = []
+        for frame in self._decoder.feed(data):
+            if frame.type is FrameType.ERROR:
+                raise StreamRefused(bytes(frame.payload).decode(errors="replace"))
+            if not self.opened:
+                if frame.type is not FrameType.OPENED:
+                    raise ProtocolError(f"stdio: {frame.type.name} where OPENED was due")
+                self.opened = True
+            elif payload := self.take(frame):
+                out.append(payload)
+        return out

@@ -1,0 +1,86 @@
+"""The `process` stream of a stdio connection: the life of an exec, or a view of a container's. Sans-IO.
+
+    host     OPEN {..., "stream": "process", "tty", "stdin"}
+             START(payload: the OCI process as JSON)       only with an exec id; creates and starts it
+             RESIZE(rows << 16 | columns)
+    agent    OPENED     it runs; its stdin, stdout and stderr can be opened
+             EXIT(code; payload: why it did not start)     once; before OPENED when it never ran
+             ERROR(text)
+
+An exec lives as long as this connection: when it is lost, the process is hung up and then killed. After EXIT
+the host reads the outputs to their end and closes, whereupon the exec is forgotten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hyperpod.errors import InvalidArgument, ProtocolError
+from hyperpod.wire.stdio import (
+    MAX_PAYLOAD,
+    MAX_TEXT,
+    FrameDecoder,
+    FrameType,
+    Open,
+    StreamRefused,
+    encode,
+    encode_open,
+)
+
+EXIT_NOT_FOUND, EXIT_NOT_EXECUTABLE = 127, 126
+"""As shells tell of a program that they cannot run."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """`text` is only set when it did not start; the guest chose it."""
+
+    code: int
+    text: str = ""
+
+
+def encode_resize(rows: int, columns: int) -> bytes:
+    return encode(FrameType.RESIZE, rows << 16 | columns)
+
+
+def decode_resize(value: int) -> tuple[int, int]:
+    """Rows and columns. Raises ProtocolError."""
+    rows, columns = value >> 16, value & 0xFFFF
+    if not (0 < rows < 65536 and columns):
+        raise ProtocolError(f"stdio: a terminal of {rows} rows and {columns} columns")
+    return rows, columns
+
+
+def encode_exit(code: int, text: str = "") -> bytes:
+    return encode(FrameType.EXIT, code, text.encode(errors="replace")[:MAX_TEXT])
+
+
+class HostProcess:
+    """The host's side. `process`: the OCI process as JSON, None to only watch."""
+
+    def __init__(self, request: Open, process: bytes | None) -> None:
+        """Raises InvalidArgument: the process is too large for a frame."""
+        if process is not None and len(process) > MAX_PAYLOAD:
+            raise InvalidArgument(f"arguments and environment take {len(process)} bytes, {MAX_PAYLOAD} fit")
+        self._request, self._process = request, process
+        self._decoder = FrameDecoder()
+        self.opened = False
+        self.exit: Exit | None = None
+
+    def start(self) -> bytes:
+        opening = encode_open(self._request)
+        return opening if self._process is None else opening + encode(FrameType.START, 0, self._process)
+
+    def feed(self, data: bytes) -> None:
+        """Look at `opened` and `exit` afterwards. Raises ProtocolError, StreamRefused."""
+        for frame in self._decoder.feed(data):
+            if frame.type is FrameType.ERROR:
+                raise StreamRefused(bytes(frame.payload).decode(errors="replace"))
+            if self.exit is not None:
+                raise ProtocolError(f"stdio: {frame.type.name} after EXIT")
+            if frame.type is FrameType.OPENED and not self.opened:
+                self.opened = True
+            elif frame.type is FrameType.EXIT and frame.offset < 256:
+                self.exit = Exit(frame.offset, bytes(frame.payload).decode(errors="replace"))
+            else:
+                raise ProtocolError(f"stdio: {frame.type.name} of a process")

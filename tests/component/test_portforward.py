@@ -1,0 +1,223 @@
+"""Port-forward from the URL to a port beside the agent and back, over SPDY, in a tunnel, over WebSocket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from hyperpod.cli.streamclient import SpdyClient, Stream
+from hyperpod.config import StreamingConfig
+from hyperpod.errors import Unavailable
+from tests.agentkit import TIMEOUT, AgentKit
+from tests.streamkit import StreamPod, WebSocket, stream_pod
+
+
+@pytest.fixture
+async def pod(agent: AgentKit) -> AsyncIterator[StreamPod]:
+    async with stream_pod(agent, StreamingConfig(creation_timeout=1.0)) as made:
+        yield made
+
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Sends everything back, and its own end after the client's."""
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+@asynccontextmanager
+async def listening(serve: Serve, host: str = "127.0.0.1") -> AsyncIterator[int]:
+    async with await asyncio.start_server(serve, host, 0) as server:
+        yield server.sockets[0].getsockname()[1]
+
+
+def unused_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class Forward:
+    """One session of a client; `connect` opens forwarded connections."""
+
+    def __init__(self, client: SpdyClient) -> None:
+        self.client, self._ids = client, 0
+
+    @classmethod
+    async def open(cls, pod: StreamPod) -> Forward:
+        return cls(await SpdyClient.connect(pod.forward_url(), "portforward.k8s.io"))
+
+    async def connect(self, port: int) -> tuple[Stream, Stream]:
+        """The error and the data stream."""
+        self._ids += 1
+        headers = (("port", str(port)), ("requestid", str(self._ids)))
+        error = await self.client.open((("streamtype", "error"), *headers))
+        await error.end()
+        return error, await self.client.open((("streamtype", "data"), *headers))
+
+    async def roundtrip(self, port: int, data: bytes) -> bytes:
+        error, stream = await self.connect(port)
+
+        async def write() -> None:
+            for start in range(0, len(data), 100_000):
+                await stream.write(data[start : start + 100_000])
+            await stream.end()
+
+        writing = asyncio.ensure_future(write())
+        async with asyncio.timeout(TIMEOUT):
+            got, text = await asyncio.gather(stream.read_all(), error.read_all())
+            await writing
+        assert text == b"", text
+        return got
+
+
+async def test_many_ports_and_connections(pod: StreamPod) -> None:
+    data = os.urandom(3_000_000)
+    async with listening(echo) as one, listening(echo) as two:
+        session = await Forward.open(pod)
+        results = await asyncio.gather(*(session.roundtrip(port, data) for port in (one, two) * 5))
+        assert {hashlib.sha256(got).digest() for got in results} == {hashlib.sha256(data).digest()}
+        assert await session.roundtrip(one, b"") == b""
+        await session.client.close()
+
+
+async def test_ipv6_when_ipv4_does_not_answer(pod: StreamPod) -> None:
+    async with listening(echo, "::1") as port:
+        session = await Forward.open(pod)
+        assert await session.roundtrip(port, b"six") == b"six"
+        await session.client.close()
+
+
+async def test_a_refused_port_and_the_session_lives_on(pod: StreamPod) -> None:
+    session = await Forward.open(pod)
+    error, _ = await session.connect(unused_port())
+    async with asyncio.timeout(10):
+        text = await error.read_all()
+    assert b"Connection refused" in text
+    async with listening(echo) as port:
+        assert await session.roundtrip(port, b"alive") == b"alive"
+    await session.client.close()
+
+
+async def test_half_closes_both_ways(pod: StreamPod) -> None:
+    """The client ends first and still gets the answer; the server ends first and still gets the rest."""
+    heard = asyncio.Queue[bytes]()
+
+    async def talks_first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"hello")
+        writer.write_eof()
+        heard.put_nowait(await reader.read())
+        writer.close()
+
+    async with listening(talks_first) as port:
+        session = await Forward.open(pod)
+        error, stream = await session.connect(port)
+        assert await stream.read_all() == b"hello"
+        await stream.write(b"and you")
+        await stream.end()
+        async with asyncio.timeout(TIMEOUT):
+            assert await heard.get() == b"and you"
+            assert await error.read_all() == b""
+        await session.client.close()
+
+
+async def test_a_broken_connection_is_told(pod: StreamPod) -> None:
+    async def breaks(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        writer.transport.abort()
+
+    async with listening(breaks) as port:
+        session = await Forward.open(pod)
+        error, stream = await session.connect(port)
+        await stream.write(b"x")
+        async with asyncio.timeout(TIMEOUT):
+            assert b"broke" in await error.read_all()
+            with pytest.raises(Unavailable):
+                while await stream.read():
+                    pass
+        await session.client.close()
+
+
+async def test_a_client_that_resets_or_leaves_closes_the_connections(pod: StreamPod) -> None:
+    said = asyncio.Queue[str]()
+
+    async def waits(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        said.put_nowait("here")
+        with contextlib.suppress(OSError):
+            await reader.read()
+        said.put_nowait("gone")
+        writer.close()
+
+    async with listening(waits) as port:
+        session = await Forward.open(pod)
+        async with asyncio.timeout(TIMEOUT):
+            _, stream = await session.connect(port)
+            await stream.write(b"x")
+            assert await said.get() == "here"
+            await stream.reset()
+            assert await said.get() == "gone"
+            await session.connect(port)
+            assert await said.get() == "here"
+            session.client.abort()
+            assert await said.get() == "gone"
+
+
+async def test_a_stalled_connection_is_bounded(pod: StreamPod) -> None:
+    """A server that reads nothing: the client is held up, other things in the pod go on."""
+    held = asyncio.Event()
+
+    async def reads_late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await held.wait()
+        await echo(reader, writer)
+
+    data = os.urandom(30_000_000)
+    async with listening(reads_late) as slow, listening(echo) as quick:
+        session = await Forward.open(pod)
+        running = asyncio.ensure_future(session.roundtrip(slow, data))
+        await asyncio.sleep(0.5)
+        other = await Forward.open(pod)
+        assert await other.roundtrip(quick, b"quick") == b"quick"
+        await other.client.close()
+        assert not running.done()
+        held.set()
+        assert hashlib.sha256(await running).digest() == hashlib.sha256(data).digest()
+        await session.client.close()
+
+
+async def test_incomplete_connections_end(pod: StreamPod) -> None:
+    session = await Forward.open(pod)
+    error = await session.client.open((("streamtype", "error"), ("port", "80"), ("requestid", "1")))
+    async with asyncio.timeout(10):
+        assert b"timed out" in await error.read_all()
+    await session.client.close()
+
+
+async def test_websocket_channels(pod: StreamPod) -> None:
+    async with listening(echo) as port:
+        client = await WebSocket.connect(pod.forward_url(port, unused_port()), "v4.channel.k8s.io")
+        await client.send(b"\0ping")
+        got: dict[int, bytes] = {}
+        async for message in client.messages():
+            got[message[0]] = got.get(message[0], b"") + message[1:]
+            if b"ping" in got[0] and len(got.get(3, b"")) > 2:
+                break
+        little = port.to_bytes(2, "little")
+        assert got[0] == little + b"ping"
+        assert got[1] == little
+        assert b"Connection refused" in got[3]
+        client.close()

@@ -1,0 +1,281 @@
+"""Exec and attach, from the URL to the container and back, over SPDY and WebSocket."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+from collections.abc import AsyncIterator
+
+import pytest
+
+from hyperpod.config import StreamingConfig
+from hyperpod.errors import HyperpodError
+from hyperpod.wire.remotecommand import Wanted
+from tests.agentkit import TIMEOUT, AgentKit
+from tests.shimkit import WAIT, eventually, payload
+from tests.streamkit import ALL, OUT, TTY, Command, StreamPod, WebSocket, exit_code, stream_pod
+
+
+@pytest.fixture
+async def pod(agent: AgentKit) -> AsyncIterator[StreamPod]:
+    async with stream_pod(agent, StreamingConfig(creation_timeout=2.0)) as made:
+        yield made
+
+
+async def test_exec(pod: StreamPod) -> None:
+    container = await pod.run("sleep", "1000")
+    command = await Command.open(pod.exec_url(container, "sh", "-c", "echo out; echo err >&2; exit 7"))
+    out, err, status = await command.result()
+    assert (out, err, exit_code(status)) == (b"out\n", b"err\n", 7)
+    command = await Command.open(pod.exec_url(container, "true"))
+    assert await command.result() == (b"", b"", {"metadata": {}, "status": "Success"})
+
+
+async def test_exec_with_input_to_its_end(pod: StreamPod) -> None:
+    container = await pod.run("sleep", "1000")
+    data = os.urandom(5_000_000)
+    command = await Command.open(pod.exec_url(container, "cat", wanted=ALL), ALL)
+
+    async def write() -> None:
+        for start in range(0, len(data), 70_000):
+            await command.write(data[start : start + 70_000])
+        await command.end()
+
+    writing = asyncio.ensure_future(write())
+    out, _, status = await command.result()
+    await writing
+    assert hashlib.sha256(out).digest() == hashlib.sha256(data).digest()
+    assert exit_code(status) == 0
+
+
+async def test_exec_on_a_terminal(pod: StreamPod) -> None:
+    container = await pod.run("sleep", "1000")
+    command = await Command.open(pod.exec_url(container, "sh", wanted=TTY), TTY)
+    await command.resize(33, 99)
+    await command.until(b"#")
+    await command.write(b"stty size\n")
+    assert b"33 99" in await command.until(b"99\r\n")
+    await command.resize(44, 111)
+    await asyncio.sleep(0.2)
+    await command.write(b"stty size; test -t 1 && exit 3\n")
+    out, _, status = await command.result()
+    assert b"44 111" in out
+    assert exit_code(status) == 3
+
+
+@pytest.mark.parametrize(("argv", "code"), [("/no/such/program", 127), ("nowhere", 127), ("/etc/notes", 126)])
+async def test_a_command_that_cannot_run(pod: StreamPod, argv: str, code: int) -> None:
+    container = await pod.run("sleep", "1000")
+    async with asyncio.timeout(10):
+        out, err, status = await (await Command.open(pod.exec_url(container, argv))).result()
+    assert exit_code(status) == code
+    assert argv.rpartition("/")[2] in err.decode()
+    assert out == b""
+
+
+async def test_exec_in_what_has_ended(pod: StreamPod) -> None:
+    container = await pod.run("sh", "-c", "exit 0")
+    await pod.agent.exit_of(container)
+    _, _, status = await (await Command.open(pod.exec_url(container, "true"))).result()
+    assert "not RUNNING" in status["message"]
+    await pod.agent.client.remove_container(container)
+    _, _, status = await (await Command.open(pod.exec_url(container, "true"))).result()
+    assert "no container" in status["message"]
+
+
+async def test_exec_while_the_container_ends_loses_nothing(pod: StreamPod) -> None:
+    container = await pod.run("sh", "-c", "read x", stdin=True)
+    command = await Command.open(pod.exec_url(container, "sh", "-c", "echo here; exec sleep 1000"))
+    assert await command.until(b"here") == b"here\n"
+    async with pod.agent.input(container) as stdin:
+        await stdin.write(b"go\n")
+    out, _, status = await command.result()
+    assert exit_code(status) in (137, -1)
+    assert out == b""
+
+
+async def test_what_an_exec_leaves_in_the_background(pod: StreamPod) -> None:
+    """It neither holds the session up nor dies with it; it ends with its container."""
+    container = await pod.run("sleep", "1000")
+    script = "(while sleep 0.1; do date > /tmp/alive; done) & echo started"
+    async with asyncio.timeout(15):
+        out, _, status = await (await Command.open(pod.exec_url(container, "sh", "-c", script))).result()
+    assert (out, exit_code(status)) == (b"started\n", 0)
+    check = "rm /tmp/alive; sleep 1; cat /tmp/alive"
+    out, _, status = await (await Command.open(pod.exec_url(container, "sh", "-c", check))).result()
+    assert out
+    assert exit_code(status) == 0
+    await pod.agent.client.remove_container(container)
+
+
+async def processes(pod: StreamPod, container: str) -> bytes:
+    exec_id = await pod.agent.exec(container, "ps")
+    async with pod.agent.output(container, exec_id) as stream:
+        out = await stream.read_all()
+    await pod.agent.client.remove_exec(container, exec_id)
+    return out
+
+
+async def test_a_client_that_goes_away_ends_its_exec(pod: StreamPod) -> None:
+    container = await pod.run("sleep", "1000")
+    script = "trap 'echo hup > /tmp/hup; exit' HUP; echo $$; while :; do sleep 0.1; done"
+    command = await Command.open(pod.exec_url(container, "sh", "-c", script, wanted=ALL), ALL)
+    await command.until(b"\n")
+    command.client.abort()
+    async with asyncio.timeout(WAIT):
+        while b"trap" in await processes(pod, container):
+            await asyncio.sleep(0.1)
+    out, _, _ = await (await Command.open(pod.exec_url(container, "cat", "/tmp/hup"))).result()
+    assert out == b"hup\n"
+
+
+async def test_a_slow_reader_holds_the_process_up_and_gets_all(pod: StreamPod) -> None:
+    container = await pod.run("sleep", "1000")
+    client = await Command.open(
+        pod.exec_url(container, "sh", "-c", "seq 2000000; touch /tmp/done", wanted=OUT)
+    )
+    client.client._reader.cancel()  # reads nothing for now
+    await asyncio.sleep(1.0)
+    out, _, status = await (await Command.open(pod.exec_url(container, "test", "-e", "/tmp/done"))).result()
+    assert exit_code(status) == 1
+    client.client._reader = asyncio.ensure_future(client.client._read(b""))
+    client.client.failure = None
+    for stream in client.streams.values():
+        stream.ended = stream.was_reset = False
+    out, _, status = await client.result()
+    assert out == b"".join(b"%d\n" % i for i in range(1, 2_000_001))
+
+
+async def test_hundred_at_once(pod: StreamPod) -> None:
+    container = await pod.run("sleep", "1000")
+
+    async def one(index: int) -> bytes:
+        command = await Command.open(pod.exec_url(container, "cat", wanted=ALL), ALL)
+        await command.write(b"%d" % index * 1000)
+        await command.end()
+        out, _, status = await command.result()
+        assert exit_code(status) == 0
+        return out
+
+    results = await asyncio.gather(*(one(index) for index in range(100)))
+    assert results == [b"%d" % index * 1000 for index in range(100)]
+
+
+async def test_websocket_exec_v5(pod: StreamPod) -> None:
+    container = await pod.run("sleep", "1000")
+    socket = await WebSocket.connect(
+        pod.exec_url(container, "sh", "-c", "cat; exit 5", wanted=ALL), "v5.channel.k8s.io"
+    )
+    await socket.send(b"\x00some input")
+    await socket.send(b"\xff\x00")
+    got = await socket.channels()
+    assert got[1] == b"some input"
+    assert exit_code(json.loads(got[3])) == 5
+    assert socket.code == 1000
+    socket.close()
+
+
+async def test_attach_shows_what_comes_and_leaves_the_container(pod: StreamPod) -> None:
+    container = await pod.run("sh", "-c", "echo before; while read x; do echo got $x; done", stdin=True)
+    await eventually(lambda: b"before" in pod.log(container))
+    first = await Command.open(pod.attach_url(container, ALL), ALL)
+    second = await Command.open(pod.attach_url(container, ALL), ALL)
+    await first.write(b"one\n")
+    assert await first.until(b"\n") == await second.until(b"\n") == b"got one\n"
+    await second.write(b"two\n")
+    assert await first.until(b"\n") == await second.until(b"\n") == b"got two\n"
+    first.client.abort()
+    await second.write(b"three\n")
+    assert await second.until(b"\n") == b"got three\n"
+    await second.end()  # not once: the client leaves, the container's input stays open
+    assert await second.result() == (b"", b"", {"metadata": {}, "status": "Success"})
+    third = await Command.open(pod.attach_url(container, ALL), ALL)
+    await third.write(b"four\n")
+    assert await third.until(b"\n") == b"got four\n"
+    await third.client.close()
+    assert payload(pod.log(container)) == b"before\n" + b"".join(
+        b"got %s\n" % n for n in (b"one", b"two", b"three", b"four")
+    )
+
+
+async def test_attach_with_stdin_once(pod: StreamPod) -> None:
+    container = await pod.run("cat", stdin=True, stdin_once=True)
+    command = await Command.open(pod.attach_url(container, ALL), ALL)
+    data = os.urandom(3_000_000)
+    for start in range(0, len(data), 100_000):
+        await command.write(data[start : start + 100_000])
+    await command.end()
+    out, _, status = await command.result()
+    assert out == data
+    assert status["status"] == "Success"
+    assert (await pod.agent.exit_of(container)).exit_code == 0
+
+
+async def test_attach_to_a_terminal_again_and_again(pod: StreamPod) -> None:
+    container = await pod.run("sh", tty=True, stdin=True, stdin_once=True)
+    for size in (30, 40):
+        command = await Command.open(pod.attach_url(container, TTY), TTY)
+        await command.resize(size, 100)
+        await asyncio.sleep(0.3)
+        await command.write(b"stty size\n")
+        assert b"%d 100" % size in await command.until(b" 100\r\n")
+        await command.client.close()
+    command = await Command.open(pod.attach_url(container, TTY), TTY)
+    await command.write(b"exit\n")
+    await command.result()
+    assert (await pod.agent.exit_of(container)).exit_code == 0
+
+
+async def test_attach_to_what_has_ended(pod: StreamPod) -> None:
+    container = await pod.run("echo", "x")
+    await pod.agent.exit_of(container)
+    await eventually(lambda: b"x" in pod.log(container))
+    async with asyncio.timeout(10):
+        assert (await (await Command.open(pod.attach_url(container))).result())[2]["status"] == "Success"
+    with pytest.raises(HyperpodError, match="409"):
+        await Command.open(pod.attach_url("ab" * 32))
+
+
+async def test_a_stopped_attach_does_not_stop_the_log(pod: StreamPod) -> None:
+    container = await pod.run("sh", "-c", "read x; seq 1000000", stdin=True)
+    idle = await Command.open(pod.attach_url(container, OUT))
+    idle.client._reader.cancel()
+    async with pod.agent.input(container) as stdin:
+        await stdin.write(b"go\n")
+        end = await pod.shim.log_finish(container, TIMEOUT)
+    assert end.complete
+    assert payload(pod.log(container)) == b"".join(b"%d\n" % i for i in range(1, 1_000_001))
+    idle.client.abort()
+
+
+async def test_a_client_that_opens_no_streams_is_dropped(pod: StreamPod) -> None:
+    container = await pod.run("sleep", "1000")
+    command = await Command.open(pod.exec_url(container, "true", wanted=ALL), OUT)
+    async with asyncio.timeout(15):
+        await command.client.closed.wait()
+    await command.client.close()
+
+
+async def test_broken_clients(pod: StreamPod) -> None:
+    container = await pod.run("sleep", "1000")
+    command = await Command.open(pod.exec_url(container, "sleep", "4321"))
+    command.client._socket.write([b"\x80\x09\0\1\0\0\0\0"])
+    async with asyncio.timeout(15):
+        await command.client.closed.wait()
+    await command.client.close()
+    async with asyncio.timeout(WAIT):
+        while b"sleep 4321" in await processes(pod, container):
+            await asyncio.sleep(0.2)
+
+
+async def test_only_what_was_asked_for(pod: StreamPod) -> None:
+    container = await pod.run("sleep", "1000")
+    wanted = Wanted(stderr=True)
+    out, err, status = await (
+        await Command.open(
+            pod.exec_url(container, "sh", "-c", "seq 200000; echo e >&2", wanted=wanted), wanted
+        )
+    ).result()
+    assert (out, err, exit_code(status)) == (b"", b"e\n", 0)

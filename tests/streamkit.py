@@ -1,0 +1,234 @@
+"""Streaming sessions without a daemon: a real agent, a real shim, the real server, and clients for it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from wsproto.connection import Connection, ConnectionType
+from wsproto.events import BytesMessage, CloseConnection
+
+from hyperpod.cli.streamclient import SpdyClient, Stream, upgraded
+from hyperpod.config import StreamingConfig
+from hyperpod.errors import FailedPrecondition
+from hyperpod.shim.sessions.spec import SessionSpec
+from hyperpod.shimclient.client import ShimClient
+from hyperpod.spec.oci import ContainerSpecInput, build_process
+from hyperpod.streaming.server import StreamingServer
+from hyperpod.streaming.tokens import Target, Tokens
+from hyperpod.wire.remotecommand import Wanted
+from hyperpod.wire.upgrade import Upgrade
+from tests.agentkit import TIMEOUT, AgentKit
+from tests.shimkit import WAIT, SupervisorProcess, opened, supervisor
+
+OUT = Wanted(stdout=True, stderr=True)
+ALL = Wanted(stdin=True, stdout=True, stderr=True)
+TTY = Wanted(stdin=True, stdout=True, tty=True)
+
+
+@dataclass
+class Known:
+    """What the daemon would know of a container."""
+
+    tty: bool = False
+    stdin_once: bool = False
+
+
+class StreamPod:
+    """A claimed agent with containers, its shim, and a streaming server that knows only them."""
+
+    def __init__(self, agent: AgentKit, parent: SupervisorProcess, config: StreamingConfig) -> None:
+        self.agent, self.parent = agent, parent
+        self.id = agent.place.sandbox_id
+        self.directory = parent.run_dir / "s" / self.id[:12]
+        self.directory.mkdir(mode=0o700)
+        self.shim = ShimClient(str(self.directory / "control.sock"))
+        self.known: dict[str, Known] = {}
+        self.tokens = Tokens()
+        self.server = StreamingServer(config, self.tokens, self._hand_over)
+        self.idle = config.idle_timeout
+        self.creation = config.creation_timeout
+
+    async def start(self) -> None:
+        async with self.parent.client() as client:
+            await client.spawn_shim(
+                sandbox_id=self.id, directory=str(self.directory), uid=0, gid=0, device=False, resume=False
+            )
+        await self.shim.connect(WAIT)
+        await self.shim.agent(self.agent.place.endpoint, self.agent.place.token)
+        await self.server.listen()
+
+    def log(self, container: str) -> bytes:
+        return (self.parent.run_dir / container[:12]).read_bytes()
+
+    async def run(self, *args: str, tty: bool = False, stdin: bool = False, stdin_once: bool = False) -> str:
+        """A started container with its log."""
+        spec = ContainerSpecInput(args=args, tty=tty)
+        ident = await self.agent.create(spec=spec, stdin=stdin, stdin_once=stdin_once)
+        with opened(self.parent.run_dir / ident[:12]) as fd:
+            await self.shim.log_start(ident, tty=tty, fd=fd)
+        await self.agent.client.start_container(ident)
+        self.known[ident] = Known(tty, stdin_once)
+        return ident
+
+    async def _hand_over(
+        self, target: Target, upgrade: Upgrade, sock: socket.socket, head: bytes, early: bytes
+    ) -> None:
+        spec = SessionSpec(
+            transport=upgrade.transport, protocol=upgrade.protocol, head=head, early=early, idle=self.idle,
+            creation=self.creation, wanted=target.wanted, ports=target.ports,
+        )  # fmt: skip
+        if target.kind == "portforward":
+            await self.shim.session(spec, sock.fileno())
+            return
+        if (known := self.known.get(target.ident)) is None:
+            raise FailedPrecondition("no such container here")
+        spec = replace(spec, container=target.ident, tty=known.tty, stdin_once=known.stdin_once)
+        if target.kind == "attach":
+            await self.shim.session(spec, sock.fileno())
+            return
+        given = ContainerSpecInput(args=target.argv, env=(b"PATH=/bin",), tty=target.wanted.tty)
+        spec = replace(spec, exec_id=secrets.token_hex(16), tty=target.wanted.tty)
+        with memory_file(build_process(given)) as file:
+            await self.shim.session(spec, sock.fileno(), file)
+
+    def exec_url(self, container: str, *argv: str, wanted: Wanted = OUT) -> str:
+        return self.server.url(Target("exec", container, argv=argv, wanted=wanted))
+
+    def attach_url(self, container: str, wanted: Wanted = OUT) -> str:
+        return self.server.url(Target("attach", container, wanted=wanted))
+
+    def forward_url(self, *ports: int) -> str:
+        return self.server.url(Target("portforward", self.id, ports=ports))
+
+
+@contextmanager
+def memory_file(data: bytes) -> Iterator[int]:
+    file = os.memfd_create("test")
+    try:
+        os.write(file, data)
+        yield file
+    finally:
+        os.close(file)
+
+
+class Command:
+    """A remote command over SPDY v4."""
+
+    def __init__(self, client: SpdyClient, streams: dict[str, Stream]) -> None:
+        self.client, self.streams = client, streams
+        self.stdin, self.stdout = streams.get("stdin"), streams.get("stdout")
+
+    @classmethod
+    async def open(cls, url: str, wanted: Wanted = OUT) -> Command:
+        client = await SpdyClient.connect(url, "v4.channel.k8s.io")
+        names = ["error", *(n for n in ("stdin", "stdout", "stderr") if getattr(wanted, n))]
+        if wanted.tty:
+            names.append("resize")
+        return cls(client, {name: await client.open((("streamtype", name),)) for name in names})
+
+    async def write(self, data: bytes) -> None:
+        await self.streams["stdin"].write(data)
+
+    async def end(self) -> None:
+        await self.streams["stdin"].end()
+
+    async def resize(self, rows: int, columns: int) -> None:
+        await self.streams["resize"].write(json.dumps({"Width": columns, "Height": rows}).encode())
+
+    async def until(self, text: bytes, name: str = "stdout") -> bytes:
+        got = b""
+        while text not in got:
+            part = await self.streams[name].read()
+            assert part, (text, got)
+            got += part
+        return got
+
+    async def result(self) -> tuple[bytes, bytes, dict[str, Any]]:
+        """stdout and stderr to their ends, and the status."""
+        async with asyncio.timeout(TIMEOUT):
+            names = [n for n in ("stdout", "stderr", "error") if n in self.streams]
+            parts = dict(
+                zip(names, await asyncio.gather(*(self.streams[n].read_all() for n in names)), strict=True)
+            )
+            await self.client.close()
+        return parts.get("stdout", b""), parts.get("stderr", b""), json.loads(parts["error"])
+
+
+def exit_code(status: dict[str, Any]) -> int:
+    """Of a metav1.Status; -1 for one that has none."""
+    if status["status"] == "Success":
+        return 0
+    causes = status.get("details", {}).get("causes", [])
+    return next((int(c["message"]) for c in causes if c.get("reason") == "ExitCode"), -1)
+
+
+class WebSocket:
+    """A WebSocket client by wsproto, on asyncio."""
+
+    def __init__(self, sock: socket.socket, early: bytes) -> None:
+        self._loop, self._sock = asyncio.get_running_loop(), sock
+        self._connection = Connection(ConnectionType.CLIENT, trailing_data=early)
+        self._partial = b""
+        self.code: int | None = None
+
+    @classmethod
+    async def connect(cls, url: str, protocol: str) -> WebSocket:
+        headers = [
+            ("Connection", "Upgrade"),
+            ("Upgrade", "websocket"),
+            ("Sec-WebSocket-Version", "13"),
+            ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="),
+            ("Sec-WebSocket-Protocol", protocol),
+        ]
+        return cls(*await upgraded(url, headers, "GET"))
+
+    async def send(self, data: bytes) -> None:
+        await self._loop.sock_sendall(self._sock, self._connection.send(BytesMessage(data)))
+
+    async def messages(self) -> AsyncIterator[bytes]:
+        """Until the server says goodbye."""
+        async with asyncio.timeout(TIMEOUT):
+            while self.code is None:
+                for event in self._connection.events():
+                    if isinstance(event, BytesMessage):
+                        self._partial += event.data
+                        if event.message_finished:
+                            message, self._partial = self._partial, b""
+                            yield message
+                    elif isinstance(event, CloseConnection):
+                        self.code = int(event.code)
+                        await self._loop.sock_sendall(self._sock, self._connection.send(event.response()))
+                        return
+                data = await self._loop.sock_recv(self._sock, 262144)
+                assert data, "the connection ended without a goodbye"
+                self._connection.receive_data(data)
+
+    async def channels(self) -> dict[int, bytes]:
+        """Everything to the end, by channel."""
+        got: dict[int, bytes] = {}
+        async for message in self.messages():
+            got[message[0]] = got.get(message[0], b"") + message[1:]
+        return got
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+@asynccontextmanager
+async def stream_pod(agent: AgentKit, config: StreamingConfig) -> AsyncIterator[StreamPod]:
+    with supervisor() as parent:
+        made = StreamPod(agent, parent, config)
+        await made.start()
+        try:
+            yield made
+        finally:
+            await made.server.close()
+            await made.shim.close()
