@@ -1,4 +1,4 @@
-"""`hyperpod COMMAND`: serve, run, load, doctor. Heavy imports happen in the command that needs them."""
+"""`hyperpod COMMAND`: serve, run, exec and so on. Heavy imports happen in the command that needs them."""
 
 from __future__ import annotations
 
@@ -35,6 +35,24 @@ def parser() -> argparse.ArgumentParser:
     loading.add_argument("--endpoint", default=DEFAULT_ENDPOINT, metavar="unix://PATH")
     loading.add_argument("file", metavar="FILE")
 
+    exec_ = commands.add_parser("exec", help="run a command in a running container")
+    attach = commands.add_parser("attach", help="see what a running container prints, and type to it")
+    for one in (exec_, attach):
+        one.add_argument("--endpoint", default=DEFAULT_ENDPOINT, metavar="unix://PATH")
+        one.add_argument("-i", "--stdin", action="store_true", help="pass standard input on")
+        one.add_argument("-t", "--tty", action="store_true", help="with a terminal")
+        one.add_argument("container", metavar="CONTAINER")
+    exec_.add_argument("argv", nargs=argparse.REMAINDER, metavar="CMD")
+
+    forward = commands.add_parser("port-forward", help="make ports of a pod reachable on 127.0.0.1")
+    forward.add_argument("--endpoint", default=DEFAULT_ENDPOINT, metavar="unix://PATH")
+    forward.add_argument("pod", metavar="POD")
+    forward.add_argument("ports", nargs="+", metavar="[LOCAL:]REMOTE", help="LOCAL 0: any that is free")
+
+    console = commands.add_parser("console", help="the last lines of a VM's console")
+    console.add_argument("--endpoint", default=DEFAULT_ENDPOINT, metavar="unix://PATH")
+    console.add_argument("pod", metavar="POD")
+
     demo = commands.add_parser("demo", help="the whole life of a pod, step by step, against a running daemon")
     demo.add_argument("--endpoint", default=DEFAULT_ENDPOINT, metavar="unix://PATH")
     demo.add_argument("image")
@@ -65,6 +83,10 @@ def main(argv: list[str] | None = None) -> int:
             from hyperpod.cli.demo import main as demo
 
             return demo(args)
+        if args.command in ("exec", "attach", "port-forward", "console"):
+            from hyperpod.cli.streams import main as streams
+
+            return streams(args)
         from hyperpod.cli.doctor import main as doctor
 
         return doctor(args)

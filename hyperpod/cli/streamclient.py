@@ -15,10 +15,12 @@ from hyperpod.wire import spdy
 
 _ANSWER_TIMEOUT = 60.0
 _MAX_ANSWER = 64 * 1024
+_UNREAD = 1024 * 1024
+"""Bytes kept for readers before no more is taken from the server."""
 
 
 class Stream:
-    """One SPDY stream; `read` by one task at a time. Unread data is not bounded: read what you open."""
+    """One SPDY stream; `read` by one task at a time. Data that is not read holds all streams up: read them."""
 
     def __init__(self, client: SpdyClient, number: int) -> None:
         self._client, self.number = client, number
@@ -37,6 +39,7 @@ class Stream:
             self._news.clear()
             await self._news.wait()
         data, self._chunks = b"".join(self._chunks), []
+        self._client.taken(len(data))
         return data
 
     async def read_all(self) -> bytes:
@@ -81,6 +84,8 @@ class SpdyClient:
         self.closed = asyncio.Event()
         self._socket = sock
         self._streams: dict[int, Stream] = {}
+        self._unread = 0
+        self._room = asyncio.Event()
         self._reader = asyncio.ensure_future(self._read(early))
 
     @classmethod
@@ -131,6 +136,9 @@ class SpdyClient:
                 for event in self.connection.receive_data(data):
                     self._handle(event)
                 self._socket.write(self.connection.data_to_send())
+                while self._unread > _UNREAD:
+                    self._room.clear()
+                    await self._room.wait()
                 data = await self._socket.receive()
                 if not data:
                     raise Unavailable("the server closed the connection")
@@ -145,9 +153,15 @@ class SpdyClient:
             for stream in self._streams.values():
                 stream.wake()
 
+    def taken(self, count: int) -> None:
+        """So many bytes were read."""
+        self._unread -= count
+        self._room.set()
+
     def _handle(self, event: spdy.Event) -> None:
         match event:
             case spdy.DataReceived(number, payload):
+                self._unread += len(payload)
                 self._streams[number].feed(bytes(payload))
             case spdy.StreamReplied(number):
                 self._streams[number].accepted = True

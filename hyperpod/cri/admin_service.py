@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
-from hyperpod.api.gen.hyperpod.admin.v1 import AdminBase, LoadedImage, LoadRequest, LoadResponse
+from hyperpod.api.gen.hyperpod.admin.v1 import (
+    AdminBase,
+    ConsoleRequest,
+    ConsoleResponse,
+    LoadedImage,
+    LoadRequest,
+    LoadResponse,
+)
 from hyperpod.cri.guard import guarded
 from hyperpod.cri.ports import Ports
 from hyperpod.errors import InvalidArgument
@@ -23,3 +31,8 @@ class AdminService(AdminBase):
             raise InvalidArgument(f"path {message.path[:200]!r} is not an absolute path")
         images = await self._ports.images.load(path)
         return LoadResponse(images=[LoadedImage(id=image.id, tags=list(image.repo_tags)) for image in images])
+
+    async def console(self, message: ConsoleRequest) -> ConsoleResponse:
+        sandbox = self._ports.sandboxes.live(self._ports.sandboxes.get(message.pod_sandbox_id).id)
+        tail = await sandbox.need_shim().console()
+        return ConsoleResponse(tail=base64.b64decode(tail))

@@ -7,7 +7,7 @@ import asyncio
 import os
 
 from tests.daemonkit import daemon
-from tests.perf import many, mounts, net, output
+from tests.perf import many, mounts, net, output, streams
 from tests.perf.bare import BareBoot
 from tests.perf.pods import Pods
 from tests.perf.report import Figure, progress, table
@@ -42,6 +42,8 @@ async def measure(quick: bool) -> tuple[list[Figure], list[list[str]], str]:
         figures += await many.lists(one, 10 if quick else 50)
     progress("container output to log")
     figures += await output.figures(20 if quick else 100, 2 if quick else 3)
+    progress("streams")
+    figures += await streams.figures(64 if quick else 512, 2 if quick else 3)
     return figures, pods.times(), bare.versions
 
 

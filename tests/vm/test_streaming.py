@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from grpclib.const import Status
@@ -13,7 +15,7 @@ from grpclib.exceptions import GRPCError
 from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.cli.streamclient import SpdyClient
 from tests.agentkit import TIMEOUT
-from tests.daemonkit import Cri, Daemon
+from tests.daemonkit import ROOT, Cri, Daemon
 from tests.streamkit import ALL, OUT, Command, WebSocket, exit_code
 
 ECHO = "while true; do nc -l -p 7000 -e cat; done"
@@ -128,3 +130,45 @@ async def test_a_pod_that_goes_ends_its_sessions(cri_client: Cri) -> None:
         await cri_client.remove_pod(pod)
         await command.client.closed.wait()
     await command.client.close()
+
+
+def cli(daemon: Daemon, *args: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    command, *rest = args
+    return subprocess.run(
+        [sys.executable, "-m", "hyperpod", command, "--endpoint", f"unix://{daemon.socket}", *rest],
+        input=stdin, capture_output=True, cwd=ROOT, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
+
+
+async def test_the_command_line(cri_client: Cri, shared_daemon: Daemon, pod: str) -> None:
+    container = await cri_client.run(pod, "sh", "-c", ECHO)
+    done = await asyncio.to_thread(
+        cli, shared_daemon, "exec", container, "sh", "-c", "echo out; echo err >&2; exit 4"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (4, b"out\n", b"err\n")
+    done = await asyncio.to_thread(cli, shared_daemon, "exec", "-i", container, "cat", stdin=b"x" * 300_000)
+    assert (done.returncode, done.stdout) == (0, b"x" * 300_000)
+    done = await asyncio.to_thread(cli, shared_daemon, "exec", "nothing", "true")
+    assert done.returncode == 1
+    assert b"NOT_FOUND" in done.stderr
+    done = await asyncio.to_thread(cli, shared_daemon, "console", pod)
+    assert b"hyperpod-agent" in done.stdout
+    forward = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "hyperpod", "port-forward", "--endpoint", f"unix://{shared_daemon.socket}", pod, "0:7000",
+        stdout=asyncio.subprocess.PIPE, cwd=ROOT,
+    )  # fmt: skip
+    assert forward.stdout is not None
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            line = await forward.stdout.readline()
+            local = int(line.split()[2].rpartition(b":")[2])
+            answer = b""
+            while answer != b"hello":  # until it listens
+                reader, writer = await asyncio.open_connection("127.0.0.1", local)
+                writer.write(b"hello")
+                writer.write_eof()
+                answer = await reader.read()
+                writer.close()
+    finally:
+        forward.terminate()
+        await forward.wait()

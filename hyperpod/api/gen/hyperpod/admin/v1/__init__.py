@@ -3,7 +3,15 @@
 # plugin: python-betterproto2
 # This file has been @generated
 
-__all__ = ("AdminBase", "AdminStub", "LoadRequest", "LoadResponse", "LoadedImage")
+__all__ = (
+    "AdminBase",
+    "AdminStub",
+    "ConsoleRequest",
+    "ConsoleResponse",
+    "LoadRequest",
+    "LoadResponse",
+    "LoadedImage",
+)
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +29,28 @@ if TYPE_CHECKING:
 
 _COMPILER_VERSION = "0.10.1"
 betterproto2.check_compiler_version(_COMPILER_VERSION)
+
+
+@dataclass(eq=False, repr=False)
+class ConsoleRequest(betterproto2.Message):
+    pod_sandbox_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    Its id, or a prefix that is unique.
+    """
+
+
+default_message_pool.register_message("hyperpod.admin.v1", "ConsoleRequest", ConsoleRequest)
+
+
+@dataclass(eq=False, repr=False)
+class ConsoleResponse(betterproto2.Message):
+    tail: "bytes" = betterproto2.field(1, betterproto2.TYPE_BYTES)
+    """
+    Raw: the guest chose them. At most the ring of the shim.
+    """
+
+
+default_message_pool.register_message("hyperpod.admin.v1", "ConsoleResponse", ConsoleResponse)
 
 
 @dataclass(eq=False, repr=False)
@@ -77,11 +107,39 @@ class AdminStub(betterproto2_grpclib.ServiceStub):
             metadata=metadata,
         )
 
+    async def console(
+        self,
+        message: "ConsoleRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "ConsoleResponse":
+        """
+        The last of what a pod's VM has written to its console.
+        """
+
+        return await self._unary_unary(
+            "/hyperpod.admin.v1.Admin/Console",
+            message,
+            ConsoleResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
 
 class AdminBase(betterproto2_grpclib.ServiceBase):
     async def load(self, message: "LoadRequest") -> "LoadResponse":
         """
         Takes an OCI layout folder, an OCI archive or a docker archive of this host into the image store.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
+    async def console(self, message: "ConsoleRequest") -> "ConsoleResponse":
+        """
+        The last of what a pod's VM has written to its console.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
@@ -92,6 +150,12 @@ class AdminBase(betterproto2_grpclib.ServiceBase):
         response = await self.load(request)
         await stream.send_message(response)
 
+    async def __rpc_console(self, stream: "grpclib.server.Stream[ConsoleRequest, ConsoleResponse]") -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.console(request)
+        await stream.send_message(response)
+
     def __mapping__(self) -> "dict[str, grpclib.const.Handler]":
         return {
             "/hyperpod.admin.v1.Admin/Load": grpclib.const.Handler(
@@ -99,5 +163,11 @@ class AdminBase(betterproto2_grpclib.ServiceBase):
                 grpclib.const.Cardinality.UNARY_UNARY,
                 LoadRequest,
                 LoadResponse,
+            ),
+            "/hyperpod.admin.v1.Admin/Console": grpclib.const.Handler(
+                self.__rpc_console,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                ConsoleRequest,
+                ConsoleResponse,
             ),
         }
