@@ -154,7 +154,8 @@ async def test_the_command_line(cri_client: Cri, shared_daemon: Daemon, pod: str
     done = await asyncio.to_thread(cli, shared_daemon, "console", pod)
     assert b"hyperpod-agent" in done.stdout
     forward = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "hyperpod", "port-forward", "--endpoint", f"unix://{shared_daemon.socket}", pod, "0:7000",
+        sys.executable, "-m", "hyperpod", "port-forward",
+        "--endpoint", f"unix://{shared_daemon.socket}", pod, "0:7000",
         stdout=asyncio.subprocess.PIPE, cwd=ROOT,
     )  # fmt: skip
     assert forward.stdout is not None
