@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import secrets
@@ -142,6 +143,18 @@ async def host_agent(directory: Path, image: Path) -> AsyncIterator[AgentPlace]:
             process.wait()
             raise
     assert code == 0, f"the agent ended with {code}"
+
+
+def agent_pid(place: AgentPlace) -> int:
+    """Of a host agent."""
+    assert isinstance(place.endpoint, HostEndpoint)
+    folder = place.endpoint.directory.encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if (entry / "cmdline").read_bytes().split(b"\0")[-2:-1] == [folder]:
+                    return int(entry.name)
+    raise AssertionError("the agent is not running")
 
 
 class AgentKit:

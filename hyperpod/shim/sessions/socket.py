@@ -92,7 +92,11 @@ class StreamSocket:
                         pass
 
     def close(self) -> None:
+        """Also while somebody reads, who then never hears of it."""
         self._fail(ConnectionAbortedError("closed"))
+        if self._sock.fileno() >= 0:
+            # A watch that outlived its descriptor would hit the next one with the same number.
+            self._loop.remove_reader(self._sock.fileno())
         self._sock.close()
 
     def _flush(self) -> None:
