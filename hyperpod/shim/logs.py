@@ -205,6 +205,7 @@ class LogService:
         for task in entry.tasks:
             task.cancel()
         await asyncio.wait(entry.tasks)
+        entry.fanout.close()
         await entry.close()
 
 

@@ -193,13 +193,17 @@ class Shim:
         fanout = self._logs.fanout(spec.container) if spec.kind == "attach" else None
         process = _read_file(fds[1]) if spec.exec_id else b""
         sock = socket.socket(fileno=fds.pop(0))
-        session: Session
-        if spec.exec_id:
-            session = ExecSession(sock, spec, self._dialer, process)
-        elif fanout is not None:
-            session = AttachSession(sock, spec, self._dialer, fanout, self._stdins)
-        else:
-            session = ForwardSession(sock, spec, self._dialer)
+        try:
+            session: Session
+            if spec.exec_id:
+                session = ExecSession(sock, spec, self._dialer, process)
+            elif fanout is not None:
+                session = AttachSession(sock, spec, self._dialer, fanout, self._stdins)
+            else:
+                session = ForwardSession(sock, spec, self._dialer)
+        except InvalidArgument:
+            sock.close()
+            raise
         self._sessions.spawn(f"{spec.kind}/{(spec.exec_id or spec.container)[:12]}", session.run())
         return {}
 

@@ -238,6 +238,15 @@ async def test_attach_to_what_has_ended(pod: StreamPod) -> None:
         await Command.open(pod.attach_url("ab" * 32))
 
 
+async def test_a_removed_container_ends_its_attach(pod: StreamPod) -> None:
+    container = await pod.run("sleep", "1000")
+    command = await Command.open(pod.attach_url(container))
+    await pod.shim.log_stop(container)
+    await pod.agent.client.remove_container(container)
+    async with asyncio.timeout(10):
+        assert (await command.result())[2]["status"] == "Success"
+
+
 async def test_a_stopped_attach_does_not_stop_the_log(pod: StreamPod) -> None:
     container = await pod.run("sh", "-c", "read x; seq 1000000", stdin=True)
     idle = await Command.open(pod.attach_url(container, OUT))

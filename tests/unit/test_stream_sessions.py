@@ -136,8 +136,7 @@ async def test_taps_get_what_comes_from_now_on_once() -> None:
     ]
     fanout.end("stderr")
     assert await two.get() is None
-    assert not fanout.over
-    fanout.end("stdout")
+    fanout.close()
     assert await one.get() is None
     assert await fanout.tap(("stdout",)).get() is None
 

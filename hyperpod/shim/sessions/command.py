@@ -9,11 +9,11 @@ import logging
 import socket
 from typing import Any
 
-from hyperpod.errors import GuestError, HyperpodError, Unavailable
+from hyperpod.errors import GuestError, HyperpodError, InvalidArgument, Unavailable
 from hyperpod.logs import printable
 from hyperpod.shim.dialer import AgentDialer
-from hyperpod.shim.sessions.session import ClientGone, Session
-from hyperpod.shim.sessions.socket import Buffer, StreamSocket
+from hyperpod.shim.sessions.session import ClientGone, Session, first
+from hyperpod.shim.sessions.socket import StreamSocket
 from hyperpod.shim.sessions.spec import SessionSpec
 from hyperpod.shim.sessions.stdin import InputQueue, SharedStdins, StdinLink
 from hyperpod.shim.sessions.tap import Fanout, Tap
@@ -46,7 +46,6 @@ class CommandSession(Session):
         super().__init__(sock, spec, self.protocol)
         self.input = InputQueue()
         self._ready = asyncio.Event()
-        self._room = asyncio.Event()
         self._input_ended = asyncio.Event()
         self._control: StreamSocket | None = None
         self._size: Resized | None = None
@@ -66,7 +65,6 @@ class CommandSession(Session):
                     self._resize(event)
                 case Left():
                     raise ClientGone("the client said goodbye")
-        self._room.set()
         if self.input.full:
             self.flush()
             await self.client.hold(self.input.room())
@@ -82,20 +80,6 @@ class CommandSession(Session):
         if self._size is not None:
             self._resize(self._size)
 
-    async def to_client(self, channel: Channel, data: Buffer) -> None:
-        """Returns once the client has room for more. Raises OSError."""
-        while len(data):
-            room = self.protocol.room(channel)
-            if room == 0:
-                self._room.clear()
-                await self._room.wait()
-                continue
-            piece = data if len(data) <= room else memoryview(data)[:room]
-            self.protocol.send(channel, piece)
-            self.flush()
-            data = memoryview(data)[len(piece) :]
-            await self.client.drain()
-
     def ended(self, channel: Channel) -> None:
         self.protocol.end(channel)
         self.flush()
@@ -109,17 +93,15 @@ class CommandSession(Session):
         try:
             outcome = await self.work()
         except (HyperpodError, ExceptionGroup) as exc:
-            first: BaseException = exc
-            while isinstance(first, BaseExceptionGroup):
-                first = first.exceptions[0]
-            if not isinstance(first, HyperpodError):
-                raise
-            outcome = Outcome(None, printable(str(first), _TEXT))
+            cause = first(exc)
+            if not isinstance(cause, HyperpodError):
+                raise cause from None
+            outcome = Outcome(None, printable(str(cause), _TEXT))
         self.protocol.finish(outcome)
         self.flush()
 
     async def work(self) -> Outcome:
-        """Raises HyperpodError, OSError (of the client's socket)."""
+        """Raises HyperpodError, ClientGone, or a group of them."""
         raise NotImplementedError
 
 
@@ -132,7 +114,10 @@ class ExecSession(CommandSession):
         self._dialer = dialer
         request = Open(spec.container, "process", spec.exec_id, tty=spec.tty, stdin=spec.wanted.stdin)
         self._process = HostProcess(request, process)
-        self._program = repr(json.loads(process)["args"][0][:200])
+        try:
+            self._program = repr(json.loads(process)["args"][0][:200])
+        except (ValueError, LookupError, TypeError) as exc:
+            raise InvalidArgument("the exec's OCI process is not one") from exc
 
     async def work(self) -> Outcome:
         sock, data = await self._dialer.open()

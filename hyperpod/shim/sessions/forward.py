@@ -10,7 +10,7 @@ import socket
 from hyperpod.errors import HyperpodError, Unavailable
 from hyperpod.logs import printable
 from hyperpod.shim.dialer import AgentDialer
-from hyperpod.shim.sessions.session import ClientGone, Session
+from hyperpod.shim.sessions.session import ClientGone, Session, first
 from hyperpod.shim.sessions.socket import StreamSocket
 from hyperpod.shim.sessions.spec import SessionSpec
 from hyperpod.shim.sessions.stdin import InputQueue
@@ -50,7 +50,6 @@ class ForwardSession(Session):
         self._dialer = dialer
         self._connections: dict[int, Forwarded] = {}
         self._owner = TaskOwner("forward", limit=MAX_CONNECTIONS + 1)
-        self._room = asyncio.Event()
         self._over = asyncio.Event()
 
     async def run(self) -> None:
@@ -64,7 +63,6 @@ class ForwardSession(Session):
 
     async def _receive(self, data: bytes) -> None:
         self._handle(self.protocol.receive(data))
-        self._room.set()
         for one in list(self._connections.values()):
             if one.up.full:
                 self.flush()
@@ -110,12 +108,10 @@ class ForwardSession(Session):
             await self._relay(ident, one)
             self.protocol.close(ident)
         except (HyperpodError, ExceptionGroup) as exc:
-            first: BaseException = exc
-            while isinstance(first, BaseExceptionGroup):
-                first = first.exceptions[0]
-            if isinstance(first, HyperpodError):
-                self.protocol.fail(ident, f"error forwarding port {one.port}: {printable(str(first), _TEXT)}")
-            elif not isinstance(first, OSError):  # the client's socket: its reader notices as well
+            cause = first(exc)
+            if isinstance(cause, HyperpodError):
+                self.protocol.fail(ident, f"error forwarding port {one.port}: {printable(str(cause), _TEXT)}")
+            elif not isinstance(cause, ClientGone):  # its reader notices as well
                 raise
         finally:
             one.up.discard()
@@ -153,26 +149,12 @@ class ForwardSession(Session):
     ) -> None:
         while True:
             for payload in payloads:
-                await self._to_client(ident, payload)
+                await self.to_client(ident, payload)
             if pipe.ended:
                 self.protocol.end(ident)
                 self.flush()
                 return
             payloads = pipe.feed(await _receive(link))
-
-    async def _to_client(self, ident: int, data: bytes | memoryview) -> None:
-        """Returns once the client has room for more. Raises OSError."""
-        while len(data):
-            room = self.protocol.room(ident)
-            if room == 0:
-                self._room.clear()
-                await self._room.wait()
-                continue
-            piece = data[:room]
-            self.protocol.send(ident, piece)
-            self.flush()
-            data = data[len(piece) :]
-            await self.client.drain()
 
 
 async def _receive(link: StreamSocket) -> bytes:

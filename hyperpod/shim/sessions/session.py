@@ -24,7 +24,11 @@ class ClientGone(Exception):
 
 
 class Outgoing(Protocol):
-    """The part of a sans-IO session that is the same for all."""
+    """The part of a sans-IO session that is the same for all; `key` names a channel or a connection."""
+
+    def room(self, key: Any, /) -> int: ...
+
+    def send(self, key: Any, data: Buffer, /) -> None: ...
 
     def data_to_send(self) -> list[Buffer]: ...
 
@@ -36,6 +40,7 @@ class Session:
         self.spec = spec
         self.client = StreamSocket(sock)
         self._outgoing = protocol
+        self._room = asyncio.Event()
 
     async def run(self) -> None:
         """Until the work is done or the client has gone."""
@@ -80,12 +85,30 @@ class Session:
         """Send what the protocol has to say."""
         self.client.write(self._outgoing.data_to_send())
 
+    async def to_client(self, key: int, data: Buffer) -> None:
+        """Returns once the client has room for more. Raises ClientGone."""
+        view = memoryview(data)
+        while view:
+            room = self._outgoing.room(key)
+            if room == 0:
+                self._room.clear()
+                await self._room.wait()
+                continue
+            piece, view = view[:room], view[room:]
+            self._outgoing.send(key, piece)
+            self.flush()
+            try:
+                await self.client.drain()
+            except OSError as exc:
+                raise ClientGone(f"the client's connection broke: {exc.strerror}") from exc
+
     async def _read(self) -> None:
         """Raises ClientGone, OSError."""
         data = self.spec.early
         while True:
             try:
                 await self._receive(data)
+                self._room.set()
             except ProtocolError as exc:
                 self.flush()
                 raise ClientGone(f"the client broke the protocol: {exc}") from exc
@@ -110,3 +133,10 @@ class Session:
     def _serve(self) -> Coroutine[Any, Any, None]:
         """The work; when it returns, everything has been written and the connection is closed."""
         raise NotImplementedError
+
+
+def first(exc: BaseException) -> BaseException:
+    """What a task group failed of first."""
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    return exc

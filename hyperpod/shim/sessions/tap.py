@@ -114,7 +114,7 @@ class Fanout:
         for tap in self._taps:
             tap.end(stream)
 
-    @property
-    def over(self) -> bool:
-        """Every stream has ended."""
-        return self._ended >= set(self._streams)
+    def close(self) -> None:
+        """Nothing more comes, whatever the reason."""
+        for stream in self._streams:
+            self.end(stream)
