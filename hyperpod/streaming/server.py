@@ -33,6 +33,8 @@ REQUEST_TIMEOUT = 10.0
 """Seconds from the connection to the whole request, TLS handshake included."""
 PENDING = 128
 """Connections without a request yet; a new one ends the oldest."""
+ANSWERING = 256
+"""Connections being answered or handed over; beyond, new ones are closed."""
 RELAYS = 512
 """TLS connections at once that the daemon relays."""
 _MAX_HEADERS = 16 * 1024
@@ -67,7 +69,7 @@ class StreamingServer:
         self._certificates: Certificates | None = None
         if config.tls_cert is not None and config.tls_key is not None:
             self._certificates = Certificates(config.tls_cert, config.tls_key, config.tls_client_ca)
-        self._owner = TaskOwner("streaming", limit=PENDING + 2)
+        self._owner = TaskOwner("streaming", limit=PENDING + ANSWERING)
         self._relays = TaskOwner("streaming-tls", limit=RELAYS)
         self._pending: dict[asyncio.Task[None], None] = {}  # oldest first
         self._sock: socket.socket | None = None
@@ -123,6 +125,9 @@ class StreamingServer:
                 del self._pending[oldest]
                 oldest.cancel()
                 await asyncio.gather(oldest, return_exceptions=True)
+            if len(self._owner) >= self._owner.limit:
+                sock.close()
+                continue
             task = self._owner.spawn("client", self._client(sock))
             self._pending[task] = None
             task.add_done_callback(lambda done: self._pending.pop(done, None))
@@ -142,6 +147,8 @@ class StreamingServer:
                     connection = await TlsConnection.accept(sock, context, REQUEST_TIMEOUT)
                 http = h11.Connection(h11.SERVER, max_incomplete_event_size=_MAX_HEADERS)
                 request = await _request(http, connection)
+            if (task := asyncio.current_task()) is not None:
+                self._pending.pop(task, None)
             if request is not None:
                 await self._answer(http, request, connection)
         except TimeoutError:
@@ -153,6 +160,8 @@ class StreamingServer:
 
     async def _answer(self, http: h11.Connection, request: h11.Request, connection: Connection) -> None:
         try:
+            if self._certificates is not None and len(self._relays) >= RELAYS:
+                raise ResourceExhausted(f"{RELAYS} TLS sessions run already")
             target, upgrade = self._route(request)
             head = http.send(
                 h11.InformationalResponse(

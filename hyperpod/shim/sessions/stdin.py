@@ -155,12 +155,24 @@ class StdinLink:
         except OSError as exc:
             raise Unavailable(f"the process's stdin: {exc.strerror}") from exc
 
+    async def leave(self) -> None:
+        """Close once the agent has taken what is under way: a plain close would destroy it together with the
+        acknowledgements that nobody has read."""
+        await self._stop_reading()
+        if self._socket is not None and self._failure is None:
+            await self._socket.finish()
+        await self.close()
+
     async def close(self) -> None:
+        """At once."""
+        await self._stop_reading()
+        if self._socket is not None:
+            self._socket.close()
+
+    async def _stop_reading(self) -> None:
         if self._acks is not None:
             self._acks.cancel()
             await asyncio.gather(self._acks, return_exceptions=True)
-        if self._socket is not None:
-            self._socket.close()
 
 
 class SharedStdins:
@@ -175,7 +187,9 @@ class SharedStdins:
         """Pump until the queue ends; input of a container without stdin is thrown away."""
         try:
             link = await self._acquire(container)
-        except StreamRefused:
+        except HyperpodError as exc:
+            if not isinstance(exc, StreamRefused):
+                log.info("input for %s: %s", container[:12], exc)
             queue.discard()
             return
         try:
@@ -208,4 +222,4 @@ class SharedStdins:
                 self._links[container] = link, users - 1
                 return
             del self._links[container]
-            await link.close()
+            await link.leave()
