@@ -110,9 +110,9 @@ class Session:
                 await self._receive(data)
                 self._room.set()
             except ProtocolError as exc:
-                self.flush()
                 raise ClientGone(f"the client broke the protocol: {exc}") from exc
-            self.flush()
+            finally:
+                self.flush()  # a goodbye, too, is answered
             data = await self.client.receive()
             if not data:
                 raise ClientGone("the client closed the connection")
