@@ -159,16 +159,16 @@ async def test_a_tap_that_stands_still_is_cut_off(monkeypatch: pytest.MonkeyPatc
 async def test_an_input_queue() -> None:
     queue = InputQueue()
     queue.put(b"abcdef")
-    assert await queue.get(4) == b"abcd"
+    assert await queue.take(4) == [b"abcd"]
     queue.put(bytes(2_000_000))
     states = [queue.full]
-    assert await queue.get(100) == b"ef"
-    assert len(await queue.get(1_500_000) or b"") == 1_500_000
+    assert await queue.take(3) == [b"ef", b"\0"]
+    assert [len(piece) for piece in await queue.take(1_500_000)] == [1_500_000]
     assert [*states, queue.full] == [True, False]
     queue.end()
     queue.put(b"late")
-    assert len(await queue.get(1_000_000) or b"") == 500_000
-    assert await queue.get(1) is None
+    assert [len(piece) for piece in await queue.take(1_000_000)] == [499_999]
+    assert await queue.take(1) == []
     queue = InputQueue()
     queue.put(bytes(2_000_000))
     queue.discard()

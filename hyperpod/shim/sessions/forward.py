@@ -29,7 +29,7 @@ from hyperpod.wire.portpipe import HostPort
 
 log = logging.getLogger(__name__)
 
-_PIECE = 64 * 1024
+_AT_ONCE = 256 * 1024
 _TEXT = 500
 
 
@@ -138,8 +138,9 @@ class ForwardSession(Session):
             link.close()
 
     async def _up(self, link: StreamSocket, pipe: HostPort, one: Forwarded) -> None:
-        while (data := await one.up.get(_PIECE)) is not None:
-            link.write(pipe.data(data))
+        while pieces := await one.up.take(_AT_ONCE):
+            for piece in pieces:
+                link.write(pipe.data(piece))
             await _drain(link)
         link.write([pipe.finish()])
         await _drain(link)

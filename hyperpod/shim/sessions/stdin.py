@@ -56,23 +56,25 @@ class InputQueue:
         self._size = 0
         self._room.set()
 
-    async def get(self, limit: int) -> bytes | memoryview | None:
-        """The next bytes, at most `limit`; None at the end."""
+    async def take(self, limit: int) -> list[bytes | memoryview]:
+        """The next bytes, at most `limit`, as they came; empty at the end."""
         while not self._chunks:
             if self._ended:
-                return None
+                return []
             self._news.clear()
             await self._news.wait()
-        data = self._chunks[0]
-        if len(data) > limit:
-            self._chunks[0] = memoryview(data)[limit:]
-            data = memoryview(data)[:limit]
-        else:
-            self._chunks.popleft()
-        self._size -= len(data)
+        taken: list[bytes | memoryview] = []
+        while self._chunks and limit:
+            data = self._chunks.popleft()
+            if len(data) > limit:
+                self._chunks.appendleft(memoryview(data)[limit:])
+                data = memoryview(data)[:limit]
+            taken.append(data)
+            limit -= len(data)
+            self._size -= len(data)
         if self._size < LIMIT:
             self._room.set()
-        return data
+        return taken
 
 
 class StdinLink:
@@ -122,12 +124,13 @@ class StdinLink:
         while True:
             async with self._turn:
                 room = await self._room(1)
-            data = await queue.get(room)
-            if data is None:
+            pieces = await queue.take(room)
+            if not pieces:
                 return
             async with self._turn:
-                await self._room(len(data))  # another client may have used it up meanwhile
-                self._socket.write(self._sender.data(data))
+                await self._room(sum(map(len, pieces)))  # another client may have used it up meanwhile
+                for piece in pieces:
+                    self._socket.write(self._sender.data(piece))
                 await self._drain()
 
     async def _room(self, wanted: int) -> int:
