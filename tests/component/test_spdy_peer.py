@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -87,6 +88,8 @@ async def test_as_a_server(flow: FlowControl, streams: int) -> None:
                 echo.handle(event)
             writer.writelines(connection.data_to_send())
         writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
         done.set_result(connection)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
@@ -126,6 +129,8 @@ async def test_as_a_client(flow: FlowControl, streams: int) -> None:
                 if stream not in answers:
                     continue
                 piece = data[: connection.window(stream)]
+                if not piece:  # an empty frame would stall node's reader of the stream
+                    continue
                 left[stream] = data[len(piece) :]
                 connection.send_data(stream, piece, fin=not left[stream])
                 if not left[stream]:
@@ -143,7 +148,8 @@ async def test_as_a_client(flow: FlowControl, streams: int) -> None:
                     case PingAnswered(number):
                         pings.append(number)
         writer.close()
-        await writer.wait_closed()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
     assert {stream: hashlib.sha256(data).digest() for stream, data in got.items()} == expected
     assert list(answers.values()) == [str(index) for index in range(streams)]
     assert pings == [ident]
