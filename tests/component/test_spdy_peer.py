@@ -19,10 +19,12 @@ from hyperpod.wire.spdy import (
     Event,
     FlowControl,
     PingAnswered,
+    ResetStatus,
     Role,
     StreamEnded,
     StreamOpened,
     StreamReplied,
+    StreamReset,
     find,
 )
 from tests.npmkit import modules
@@ -105,6 +107,13 @@ async def test_as_a_server(flow: FlowControl, streams: int) -> None:
 
 @pytest.mark.parametrize(("flow", "streams"), [(FlowControl.AUTO, 20), (FlowControl.OBEYED, 1)])
 async def test_as_a_client(flow: FlowControl, streams: int) -> None:
+    """Every byte is echoed; the end of a stream is FLAG_FIN, or the reset that spdy-transport 3.0 puts before it.
+
+    It forgets a stream when its last frame is queued, not when that is written, answers a WINDOW_UPDATE that
+    comes in between with RST_STREAM(INVALID_STREAM) (`Connection._handleFrame`), and sends that first, as
+    control frames overtake data (`Scheduler.tick`). An update for a stream that is over should be ignored.
+    Seen on 1 to 3 of 20 streams under load, always after the last byte both ways.
+    """
     async with node("server", 0, streams) as process:
         assert process.stdout is not None
         port = int(await process.stdout.readline())
@@ -136,7 +145,9 @@ async def test_as_a_client(flow: FlowControl, streams: int) -> None:
                 if not left[stream]:
                     del left[stream]
             writer.writelines(connection.data_to_send())
-            for event in connection.receive_data(await reader.read(65536)):
+            fed = await reader.read(65536)
+            assert fed, "the peer left"
+            for event in connection.receive_data(fed):
                 match event:
                     case StreamReplied(stream, headers):
                         answers[stream] = find(headers, "answer")
@@ -144,6 +155,10 @@ async def test_as_a_client(flow: FlowControl, streams: int) -> None:
                         got[stream] += payload
                         connection.acknowledge(stream, len(payload))
                     case StreamEnded(stream):
+                        ended.add(stream)
+                    case StreamReset(stream, status):
+                        assert (status, len(got[stream])) == (ResetStatus.INVALID_STREAM, SIZE)
+                        assert stream not in left
                         ended.add(stream)
                     case PingAnswered(number):
                         pings.append(number)
