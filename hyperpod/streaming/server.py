@@ -106,9 +106,9 @@ class StreamingServer:
 
     async def close(self) -> None:
         """Sessions in the shims go on; those through TLS end."""
-        if self._sock is not None:
-            self._sock.close()
         await self._owner.close()
+        if self._sock is not None:  # not while `accept` watches it: its number may be another's by then
+            self._sock.close()
         await self._relays.close()
 
     async def _accept(self, listener: socket.socket) -> None:
