@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import random
 import socket
 import time
 import urllib.request
@@ -69,8 +71,11 @@ async def refused(*words: str) -> Any:
 
 
 def free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return int(server.getsockname()[1])
+    """Not an ephemeral one: its rule would take the connections to whoever is given that port next."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 async def test_the_pod_answers_at_all_its_addresses_and_another_pod_hears_it(
