@@ -90,13 +90,13 @@ def test_whole_requests_are_taken(number: int) -> None:
     assert examine(REQUESTS[number], _full()[number])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.sampled_from(REQUESTS), st.binary(max_size=200))
 def test_any_bytes(kind: type[Message], raw: bytes) -> None:
     examine(kind, raw)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(st.data())
 def test_damaged_requests(data: st.DataObject) -> None:
     number = data.draw(st.integers(0, len(REQUESTS) - 1))

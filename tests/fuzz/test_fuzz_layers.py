@@ -75,7 +75,7 @@ def check(raw: bytes, step: int) -> None:
             assert len(piece) % 512 == 0 or len(piece) < 512
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.lists(entries, max_size=12), st.sampled_from([1, 511, 512, 513, 1 << 20]))
 def test_hostile_entries(items: list[Item], step: int) -> None:
     try:
@@ -85,7 +85,7 @@ def test_hostile_entries(items: list[Item], step: int) -> None:
     check(raw, step)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(
     st.sampled_from([SEED, GNU]),
     st.lists(st.tuples(st.integers(0, 1 << 14), st.integers(0, 255)), max_size=4),
@@ -104,7 +104,7 @@ def test_damaged_tars(seed: bytes, changes: list[tuple[int, int]], cut: int, men
     check(bytes(raw), 1 << 20)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=3000))
 def test_any_bytes(raw: bytes) -> None:
     check(raw, 700)

@@ -163,7 +163,7 @@ items = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(items, max_size=10))
 def test_plan_equals_the_model(entries: list[Item]) -> None:
     model = Model()
