@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 DEADLINE = 2.0
 """Seconds for one agent."""
 
+FIRST_DEADLINE = 10.0
+"""Seconds for the first answer: one that has not come has no predecessor to show. Given once."""
+
 FRESH = 0.5
 """Seconds that an answer serves further callers: a kubelet asks for pods and for containers at the same time."""
 
@@ -102,10 +105,11 @@ class StatsCollector:
         age = time.monotonic() - known.asked
         if known.sample is not None and age < FRESH and (known.detailed or not details):
             return known.sample
+        seconds = DEADLINE if known.asked or known.silent else FIRST_DEADLINE
         try:
             await self._operations.run(
                 f"stats/{sandbox.id}/{details}",
-                lambda: bounded(self._ask(sandbox, known, details), DEADLINE, "statistics"),
+                lambda: bounded(self._ask(sandbox, known, details, seconds), seconds, "statistics"),
             )
         except HyperpodError as exc:
             if not known.silent:
@@ -115,10 +119,10 @@ class StatsCollector:
                 known.sample = None
         return known.sample
 
-    async def _ask(self, sandbox: LiveSandbox, known: _Known, details: bool) -> None:
+    async def _ask(self, sandbox: LiveSandbox, known: _Known, details: bool, seconds: float) -> None:
         most = self._bounds(sandbox)
-        agent = await sandbox.session.client(timeout=DEADLINE)
-        figures = await agent.stats(most, details=details, timeout=DEADLINE)
+        agent = await sandbox.session.client(timeout=seconds)
+        figures = await agent.stats(most, details=details, timeout=seconds)
         at = time.monotonic()
         usage = {ident: c.cgroup.cpu_usage_ns for ident, c in figures.containers.items() if c.cgroup}
         if figures.guest.containers is not None:

@@ -97,6 +97,7 @@ async def test_an_agent_that_never_answered_is_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stats, "DEADLINE", 0.2)
+    monkeypatch.setattr(stats, "FIRST_DEADLINE", 0.2)
     agent = Agent()
     agent.answers = False
     async with collecting(tmp_path, agent) as (collector, sandbox):
