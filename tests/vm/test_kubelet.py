@@ -14,8 +14,8 @@ async def test_pods_as_a_kubelet_keeps_them() -> None:
     with daemon() as one:
         async with one.client() as client:
             await client.load_busybox()
-            kubelet = Kubelet(one, client, pods=2, churn=20, kill=20)
-            await kubelet.run(45)
+            kubelet = Kubelet(one, client, pods=2, churn=40, kill=30)
+            await kubelet.run(75)
         assert one.leftovers() == []
     for what in ("pod", "probe", "rotate", "swap", "tend", "stats", "samples", "list", "kill"):
         assert kubelet.done[what], f"no {what} in a minute: {dict(kubelet.done)}"
