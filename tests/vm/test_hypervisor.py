@@ -272,7 +272,9 @@ async def test_destroy_after_a_cancelled_create_leaves_nothing(
     number, created = owner.send("create", spec=asdict(spec))
     await asyncio.sleep(delay)
     await owner.call("cancel", target=number)
-    assert (await created)["error"] == "CancelledError"
+    outcome = (await created).get("error")
+    # A create may be over before its cancellation comes, but not when that comes at once.
+    assert outcome == "CancelledError" or (delay and outcome is None)
     await owner.call("destroy", name=spec.name)
     assert await owner.call("list") == []
     assert processes(f"-name guest={spec.name},") == {}
