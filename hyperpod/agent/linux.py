@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import struct
@@ -22,6 +23,8 @@ PR_SET_CHILD_SUBREAPER = 36
 SYS_OPENAT2 = 437
 """The same on every architecture."""
 RESOLVE_NO_MAGICLINKS, RESOLVE_IN_ROOT = 2, 16
+OPENAT2_ATTEMPTS = 1000
+"""It says EAGAIN for a path with ".." whenever something is mounted or renamed anywhere meanwhile: openat2(2)."""
 
 RB_POWER_OFF = 0x4321FEDC
 
@@ -64,7 +67,10 @@ def unshare(flags: int) -> None:
 def open_in_root(root: int, path: str, flags: int) -> int:
     """openat2(2) that takes the folder `root` for "/", whatever symlinks say, and follows none of /proc."""
     how = struct.pack("QQQ", flags | os.O_CLOEXEC, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
-    fd = _libc.syscall(ctypes.c_long(SYS_OPENAT2), root, path.encode(), how, ctypes.c_size_t(len(how)))
+    for _ in range(OPENAT2_ATTEMPTS):
+        fd = _libc.syscall(ctypes.c_long(SYS_OPENAT2), root, path.encode(), how, ctypes.c_size_t(len(how)))
+        if fd >= 0 or ctypes.get_errno() != errno.EAGAIN:
+            break
     _check(fd, path)
     return int(fd)
 
