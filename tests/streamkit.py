@@ -18,6 +18,7 @@ from wsproto.events import BytesMessage, CloseConnection
 from hyperpod.cli.streamclient import SpdyClient, Stream, upgraded
 from hyperpod.config import StreamingConfig
 from hyperpod.errors import FailedPrecondition
+from hyperpod.shim.sessions.socket import StreamSocket
 from hyperpod.shim.sessions.spec import SessionSpec
 from hyperpod.shimclient.client import ShimClient
 from hyperpod.spec.oci import ContainerSpecInput, build_process
@@ -218,8 +219,42 @@ class WebSocket:
             got[message[0]] = got.get(message[0], b"") + message[1:]
         return got
 
+    def shutdown(self) -> None:
+        """Without a goodbye, while another task may be reading."""
+        self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self._sock.close()
+
+
+@asynccontextmanager
+async def tunnelled(url: str) -> AsyncIterator[SpdyClient]:
+    """A client whose SPDY goes in binary WebSocket messages, as kubectl's port-forward; cut where no frame ends."""
+    web = await WebSocket.connect(url, "SPDY/3.1+portforward.k8s.io")
+    loop, (ours, theirs) = asyncio.get_running_loop(), socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+
+    async def up() -> None:
+        while data := await loop.sock_recv(theirs, 9973):
+            await web.send(data)
+        web.shutdown()
+
+    async def down() -> None:
+        async for message in web.messages():
+            await loop.sock_sendall(theirs, message)
+
+    tasks = [asyncio.ensure_future(up()), asyncio.ensure_future(down())]
+    client = SpdyClient(StreamSocket(ours), b"")
+    try:
+        yield client
+    finally:
+        client.abort()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        theirs.close()
+        web.close()
 
 
 @asynccontextmanager

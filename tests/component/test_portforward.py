@@ -16,7 +16,7 @@ from hyperpod.cli.streamclient import SpdyClient, Stream
 from hyperpod.config import StreamingConfig
 from hyperpod.errors import Unavailable
 from tests.agentkit import TIMEOUT, AgentKit
-from tests.streamkit import StreamPod, WebSocket, stream_pod
+from tests.streamkit import StreamPod, WebSocket, stream_pod, tunnelled
 
 
 @pytest.fixture
@@ -56,10 +56,6 @@ class Forward:
     def __init__(self, client: SpdyClient) -> None:
         self.client, self._ids = client, 0
 
-    @classmethod
-    async def open(cls, pod: StreamPod) -> Forward:
-        return cls(await SpdyClient.connect(pod.forward_url(), "portforward.k8s.io"))
-
     async def connect(self, port: int) -> tuple[Stream, Stream]:
         """The error and the data stream."""
         self._ids += 1
@@ -84,25 +80,41 @@ class Forward:
         return got
 
 
-async def test_many_ports_and_connections(pod: StreamPod) -> None:
+Opener = Callable[[], Awaitable[Forward]]
+
+
+@pytest.fixture(params=["spdy", "tunnel"])
+async def opened(pod: StreamPod, request: pytest.FixtureRequest) -> AsyncIterator[Opener]:
+    """Opens sessions, straight or in a tunnel."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def open_one() -> Forward:
+            if request.param == "tunnel":
+                return Forward(await stack.enter_async_context(tunnelled(pod.forward_url())))
+            return Forward(await SpdyClient.connect(pod.forward_url(), "portforward.k8s.io"))
+
+        yield open_one
+
+
+async def test_many_ports_and_connections(opened: Opener) -> None:
     data = os.urandom(3_000_000)
     async with listening(echo) as one, listening(echo) as two:
-        session = await Forward.open(pod)
+        session = await opened()
         results = await asyncio.gather(*(session.roundtrip(port, data) for port in (one, two) * 5))
         assert {hashlib.sha256(got).digest() for got in results} == {hashlib.sha256(data).digest()}
         assert await session.roundtrip(one, b"") == b""
         await session.client.close()
 
 
-async def test_ipv6_when_ipv4_does_not_answer(pod: StreamPod) -> None:
+async def test_ipv6_when_ipv4_does_not_answer(opened: Opener) -> None:
     async with listening(echo, "::1") as port:
-        session = await Forward.open(pod)
+        session = await opened()
         assert await session.roundtrip(port, b"six") == b"six"
         await session.client.close()
 
 
-async def test_a_refused_port_and_the_session_lives_on(pod: StreamPod) -> None:
-    session = await Forward.open(pod)
+async def test_a_refused_port_and_the_session_lives_on(opened: Opener) -> None:
+    session = await opened()
     error, _ = await session.connect(unused_port())
     async with asyncio.timeout(10):
         text = await error.read_all()
@@ -112,7 +124,7 @@ async def test_a_refused_port_and_the_session_lives_on(pod: StreamPod) -> None:
     await session.client.close()
 
 
-async def test_half_closes_both_ways(pod: StreamPod) -> None:
+async def test_half_closes_both_ways(opened: Opener) -> None:
     """The client ends first and still gets the answer; the server ends first and still gets the rest."""
     heard = asyncio.Queue[bytes]()
 
@@ -123,7 +135,7 @@ async def test_half_closes_both_ways(pod: StreamPod) -> None:
         writer.close()
 
     async with listening(talks_first) as port:
-        session = await Forward.open(pod)
+        session = await opened()
         error, stream = await session.connect(port)
         assert await stream.read_all() == b"hello"
         await stream.write(b"and you")
@@ -134,7 +146,7 @@ async def test_half_closes_both_ways(pod: StreamPod) -> None:
         await session.client.close()
 
 
-async def test_a_broken_connection_is_told(pod: StreamPod) -> None:
+async def test_a_broken_connection_is_told(opened: Opener) -> None:
     async def breaks(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
         sock = writer.get_extra_info("socket")
@@ -142,7 +154,7 @@ async def test_a_broken_connection_is_told(pod: StreamPod) -> None:
         writer.transport.abort()
 
     async with listening(breaks) as port:
-        session = await Forward.open(pod)
+        session = await opened()
         error, stream = await session.connect(port)
         await stream.write(b"x")
         async with asyncio.timeout(TIMEOUT):
@@ -153,7 +165,7 @@ async def test_a_broken_connection_is_told(pod: StreamPod) -> None:
         await session.client.close()
 
 
-async def test_a_client_that_resets_or_leaves_closes_the_connections(pod: StreamPod) -> None:
+async def test_a_client_that_resets_or_leaves_closes_the_connections(opened: Opener) -> None:
     said = asyncio.Queue[str]()
 
     async def waits(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -164,7 +176,7 @@ async def test_a_client_that_resets_or_leaves_closes_the_connections(pod: Stream
         writer.close()
 
     async with listening(waits) as port:
-        session = await Forward.open(pod)
+        session = await opened()
         async with asyncio.timeout(TIMEOUT):
             _, stream = await session.connect(port)
             await stream.write(b"x")
@@ -177,7 +189,7 @@ async def test_a_client_that_resets_or_leaves_closes_the_connections(pod: Stream
             assert await said.get() == "gone"
 
 
-async def test_a_stalled_connection_is_bounded(pod: StreamPod) -> None:
+async def test_a_stalled_connection_is_bounded(opened: Opener) -> None:
     """A server that reads nothing: the client is held up, other things in the pod go on."""
     held = asyncio.Event()
 
@@ -187,10 +199,10 @@ async def test_a_stalled_connection_is_bounded(pod: StreamPod) -> None:
 
     data = os.urandom(30_000_000)
     async with listening(reads_late) as slow, listening(echo) as quick:
-        session = await Forward.open(pod)
+        session = await opened()
         running = asyncio.ensure_future(session.roundtrip(slow, data))
         await asyncio.sleep(0.5)
-        other = await Forward.open(pod)
+        other = await opened()
         assert await other.roundtrip(quick, b"quick") == b"quick"
         await other.client.close()
         assert not running.done()
@@ -199,8 +211,8 @@ async def test_a_stalled_connection_is_bounded(pod: StreamPod) -> None:
         await session.client.close()
 
 
-async def test_incomplete_connections_end(pod: StreamPod) -> None:
-    session = await Forward.open(pod)
+async def test_incomplete_connections_end(opened: Opener) -> None:
+    session = await opened()
     error = await session.client.open((("streamtype", "error"), ("port", "80"), ("requestid", "1")))
     async with asyncio.timeout(10):
         assert b"timed out" in await error.read_all()

@@ -7,7 +7,7 @@ import asyncio
 import os
 
 from tests.daemonkit import daemon
-from tests.perf import many, mounts, net, output, streams
+from tests.perf import latency, many, mounts, net, output, streams
 from tests.perf.bare import BareBoot
 from tests.perf.pods import Pods
 from tests.perf.report import Figure, progress, table
@@ -30,7 +30,9 @@ async def measure(quick: bool) -> tuple[list[Figure], list[list[str]], str]:
             network = await net.figures(client, 32 if quick else 256)
             progress("a mount beside the guest's disk")
             files = await mounts.figures(client, 16 if quick else 64, 2 if quick else 5)
-        figures = pods.figures() + network + files
+            progress("calls beside streams")
+            calls = await latency.figures(one, client, 50 if quick else 500)
+        figures = pods.figures() + network + files + calls
         one.stop()
         originals = many.kept(one)
         many.copy(one, originals, 1)

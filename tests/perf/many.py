@@ -132,12 +132,12 @@ async def _cost(
     daemon: Daemon, runtime: cri.RuntimeServiceStub, request: cri.ListContainersRequest, rounds: int
 ) -> tuple[float, bytes]:
     """Milliseconds per call, and the last reply."""
-    before, reply = _cpu_ns(daemon.pid()), b""
+    before, reply = cpu_ns(daemon.pid()), b""
     for _ in range(rounds):
         reply = cast(bytes, await runtime.list_containers(request))
-    return (_cpu_ns(daemon.pid()) - before) / rounds / 1e6, reply
+    return (cpu_ns(daemon.pid()) - before) / rounds / 1e6, reply
 
 
-def _cpu_ns(pid: int) -> int:
+def cpu_ns(pid: int) -> int:
     """CPU time of the main thread, which runs the event loop."""
     return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0])
