@@ -125,6 +125,8 @@ class Config(Section):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     cgroup_driver: Literal["auto", "cgroupfs", "systemd"] = "auto"
     sandbox_slots: int = Field(default=512, ge=1)
+    host_pods: tuple[str, ...] = ("kube-system",)
+    """Kubernetes namespaces whose pods may share the host's kernel; "*" is every one, an empty list none."""
     vm: VmConfig = VmConfig()
     image: ImageConfig = ImageConfig()
     network: NetworkConfig = NetworkConfig()

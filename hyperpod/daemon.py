@@ -42,6 +42,9 @@ from hyperpod.model.sandbox import SandboxRecord, SandboxStatus
 from hyperpod.recovery import Recovery
 from hyperpod.rpc.server import RpcServer
 from hyperpod.sandbox.boot import VmBuilder
+from hyperpod.sandbox.builder import Common
+from hyperpod.sandbox.cgroup import SandboxCgroups
+from hyperpod.sandbox.host import HostBuilder
 from hyperpod.sandbox.manager import SandboxManager, host_boot_id
 from hyperpod.sandbox.network import PodNetworks
 from hyperpod.store.records import RecordStore, write_atomic
@@ -119,17 +122,11 @@ async def running(config: Config) -> AsyncIterator[RpcServer]:
         images = ImageStore(config.state_dir, config.run_dir, image_settings(config))
         await images.open()
         stack.push_async_callback(images.close)
-        scratch = ScratchDisks(config.state_dir)
         records = RecordStore(config.state_dir, "sandboxes", SandboxRecord, SandboxStatus)
         networks = PodNetworks(config.network, config.run_dir, records.folder)
-        builder = VmBuilder(config, hypervisor, supervisor, scratch, networks, instance_id=ident)
-        sandboxes = SandboxManager(
-            config,
-            records,
-            builder,
-            owner,
-            boot_id,
-        )
+        common = Common(config, supervisor, networks, SandboxCgroups())
+        vms = VmBuilder(common, hypervisor, ScratchDisks(config.state_dir), instance_id=ident)
+        sandboxes = SandboxManager(config, records, vms, HostBuilder(common), owner, boot_id=boot_id)
         containers = ContainerManager(
             RecordStore(config.state_dir, "containers", ContainerRecord, ContainerStatus),
             sandboxes,
@@ -145,7 +142,7 @@ async def running(config: Config) -> AsyncIterator[RpcServer]:
         stack.push_async_callback(streams.server.close)
         await Recovery(sandboxes, containers, supervisor).run()
         await images.collect()
-        collector = StatsCollector(owner, builder.scratch_path)
+        collector = StatsCollector(owner, lambda sandbox: sandboxes.builder(sandbox).scratch_bytes(sandbox))
         ports = Ports(
             sandboxes=sandboxes,
             containers=containers,

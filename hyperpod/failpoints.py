@@ -21,6 +21,7 @@ NAMES = (
     "sandbox.domain",
     "sandbox.tap",
     "sandbox.sealed",
+    "sandbox.agent-started",
     "sandbox.agent",
     "sandbox.ready",
     "sandbox.stopping",
@@ -40,6 +41,10 @@ NAMES = (
     "container.unmounted",
 )
 """Every failpoint of the daemon, in the order in which a pod's life meets them."""
+
+OF_VMS = frozenset({"sandbox.share", "sandbox.domain", "sandbox.tap", "sandbox.sealed"})
+OF_HOST_PODS = frozenset({"sandbox.agent-started"})
+"""Those that only one kind of pod meets."""
 
 _name, _, _count = os.environ.get("HYPERPOD_FAILPOINT", "").partition(":")
 _left = int(_count or "1")

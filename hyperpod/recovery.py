@@ -12,8 +12,11 @@ import logging
 import shutil
 from pathlib import Path
 
+from hyperpod.agent.rootfs import remove_tree
 from hyperpod.container.manager import ContainerManager
 from hyperpod.errors import HyperpodError
+from hyperpod.model.sandbox import Kind
+from hyperpod.sandbox.host import remove_home
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.sandbox.manager import SandboxManager
 from hyperpod.supervisor.client import SupervisorClient
@@ -59,21 +62,22 @@ class Recovery:
     async def _domains(self) -> set[str]:
         """Domains of this instance that run and have a record; the others are destroyed."""
         running: set[str] = set()
-        for info in await self.sandboxes.builder.hypervisor.list():
+        for info in await self.sandboxes.vms.hypervisor.list():
             if not info.ours:
                 continue
             if self.sandboxes.index.find(info.sandbox_id) is None:
                 log.warning("domain %s has no record; destroying it", info.name)
                 self._strays.add(info.sandbox_id[:12])
-                await self.sandboxes.builder.hypervisor.destroy(info.name)
+                await self.sandboxes.vms.hypervisor.destroy(info.name)
             elif info.running:
                 running.add(info.name)
         return running
 
     async def _recover(self, sandbox: LiveSandbox, running: set[str]) -> None:
         rebooted = sandbox.record.host_boot_id != self.sandboxes.boot_id
-        alive = sandbox.record.domain in running and not rebooted
-        why = "the host was rebooted" if rebooted else "its VM was gone when the daemon started"
+        alive = not rebooted and self._alive(sandbox, running)
+        what = "VM" if sandbox.record.kind is Kind.VM else "agent"
+        why = "the host was rebooted" if rebooted else f"its {what} was gone when the daemon started"
         try:
             async with asyncio.timeout(PER_OBJECT):
                 await self.sandboxes.recover(sandbox, running=alive, why_not=why)
@@ -84,11 +88,16 @@ class Recovery:
             # Not waited for: a plugin or a VM that does not end must not keep the CRI socket from listening.
             self.sandboxes.owner.spawn(f"stop/{sandbox.short}", self.sandboxes.stop(sandbox.id))
 
+    def _alive(self, sandbox: LiveSandbox, running: set[str]) -> bool:
+        if sandbox.record.kind is Kind.HOST:
+            return self.sandboxes.hosts.agent_pid(sandbox) > 0
+        return sandbox.record.domain in running
+
     async def _leave_networks(self, aside: list[str]) -> None:
         """Sandboxes whose record cannot be read: their VMs are gone, their addresses are given back."""
         for ident in aside:
             try:
-                await self.sandboxes.builder.networks.detach(ident, self.sandboxes.store.aside(ident))
+                await self.sandboxes.networks.detach(ident, self.sandboxes.store.aside(ident))
             except HyperpodError as exc:
                 log.error("sandbox %s, set aside: %s", ident[:12], exc)
 
@@ -111,11 +120,22 @@ class Recovery:
             for folder in shares.iterdir():
                 if folder.name not in folders:
                     self._strays.add(folder.name)
-                    await self.sandboxes.builder.shares.sweep(folder)
-        await self.sandboxes.builder.networks.sweep(known)
-        await self.sandboxes.builder.cgroups.sweep(self._strays)
-        scratch = self.sandboxes.config.state_dir / "scratch"
-        if scratch.is_dir():
-            for file in scratch.glob("*.raw"):
-                if Path(file).stem not in known:
-                    file.unlink(missing_ok=True)
+                    await self.sandboxes.vms.shares.sweep(folder)
+        await self.sandboxes.networks.sweep(known)
+        homes = [f for f in _folders(self.sandboxes.config.run_dir / "h") if f.name not in folders]
+        self._strays.update(home.name for home in homes)
+        await self.sandboxes.cgroups.sweep(self._strays)
+        for home in homes:  # after its agent's end
+            try:
+                await asyncio.to_thread(remove_home, home)
+            except HyperpodError as exc:
+                log.error("%s", exc)
+        for path in _folders(self.sandboxes.config.state_dir / "scratch"):
+            if path.is_dir() and path.name not in known:
+                await asyncio.to_thread(remove_tree, str(path))
+            elif path.suffix == ".raw" and path.stem not in known:
+                path.unlink(missing_ok=True)
+
+
+def _folders(root: Path) -> list[Path]:
+    return list(root.iterdir()) if root.is_dir() else []

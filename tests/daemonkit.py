@@ -26,6 +26,9 @@ from tests.netkit import Network, taps
 ROOT = Path(__file__).resolve().parent.parent
 BUSYBOX = "docker.io/library/busybox:latest"
 
+PROCESSES = ("qemu", "shim", "virtiofsd", "hyperpod-agent")
+"""Words of the command lines of what a pod has on the host."""
+
 READY = 60.0
 """Seconds for a daemon to listen, with libvirt's first probe of an emulator on a loaded host."""
 
@@ -45,7 +48,9 @@ def artifact(variable: str, script: str) -> Path:
 class Daemon:
     """`hyperpod serve` as a child process."""
 
-    def __init__(self, base: Path, config: str = "", kernel: Path | None = None) -> None:
+    def __init__(
+        self, base: Path, config: str = "", kernel: Path | None = None, guest: Path | None = None
+    ) -> None:
         self.base, self.state, self.logs = base, base / "state", base / "logs"
         self.run_dir = Path(f"/run/hp-{secrets.token_hex(4)}")
         self.socket = self.run_dir / "cri.sock"
@@ -53,7 +58,7 @@ class Daemon:
         self.logs.mkdir(parents=True)
         self.network = Network(base)
         kernel = kernel or artifact("HYPERPOD_TEST_KERNEL", "kernel/build.py")
-        guest = artifact("HYPERPOD_TEST_GUEST", "images/build.py")
+        guest = guest or artifact("HYPERPOD_TEST_GUEST", "images/build.py")
         head, _, rest = config.partition("---")
         (base / "config.toml").write_text(
             f'state_dir = "{self.state}"\nrun_dir = "{self.run_dir}"\nlog_level = "debug"\n{head}\n'
@@ -137,9 +142,23 @@ class Daemon:
             if any(name in shorts for name in re.split("[-.]", Path(folder).name))
         ]
 
+    def loops(self) -> list[str]:
+        """Loop devices over layers of this daemon. The kernel frees them a moment after the last mount's end."""
+        deadline = time.monotonic() + 5
+        while True:
+            found = []
+            for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+                with contextlib.suppress(OSError):
+                    if str(self.base) in (text := path.read_text()):
+                        found.append(f"{path.parts[3]} {text.strip()}")
+            if not found or time.monotonic() > deadline:
+                return found
+            time.sleep(0.02)
+
     def leftovers(self) -> list[str]:
         """What is there although no pod is: QEMUs, file servers, mounts, cgroups, folders, disks, records."""
-        left = [line for line in self.processes() if any(w in line for w in ("qemu", "shim", "virtiofsd"))]
+        left = [line for line in self.processes() if any(w in line for w in PROCESSES)]
+        left += self.loops()
         left += self.cgroups()
         left += [
             m
@@ -148,6 +167,7 @@ class Daemon:
         ]
         for folder in (
             self.run_dir / "s",
+            self.run_dir / "h",
             self.run_dir / "m",
             self.state / "scratch",
             self.state / "sandboxes",
@@ -191,6 +211,8 @@ class Cri:
 
     def __init__(self, daemon: Daemon, channel: Channel) -> None:
         self.daemon = daemon
+        self.handler = ""
+        """Of the pods that `run_pod` makes."""
         self.runtime = cri.RuntimeServiceStub(channel)
         self.images = cri.ImageServiceStub(channel)
         self.admin = AdminStub(channel)
@@ -214,7 +236,7 @@ class Cri:
         )
 
     async def run_pod(self, config: cri.PodSandboxConfig | None = None) -> str:
-        request = cri.RunPodSandboxRequest(config=config or self.pod_config())
+        request = cri.RunPodSandboxRequest(config=config or self.pod_config(), runtime_handler=self.handler)
         return (await self.runtime.run_pod_sandbox(request)).pod_sandbox_id
 
     async def remove_pod(self, ident: str) -> None:
@@ -276,13 +298,15 @@ class Cri:
 
 
 @contextlib.contextmanager
-def daemon(config: str = "", kernel: Path | None = None) -> Iterator[Daemon]:
-    """A started daemon that is wholly gone afterwards."""
+def daemon(
+    config: str = "", kernel: Path | None = None, guest: Path | None = None, **env: str
+) -> Iterator[Daemon]:
+    """A started daemon that is wholly gone afterwards. `env`: more of its environment."""
     base = Path(tempfile.mkdtemp(prefix="hyperpod-test-"))
     base.chmod(0o711)
-    one = Daemon(base, config, kernel)
+    one = Daemon(base, config, kernel, guest)
     try:
-        one.start()
+        one.start(**env)
         yield one
     finally:
         one.destroy()

@@ -31,6 +31,7 @@ from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, In
 from hyperpod.tasks import TaskOwner, bounded
 
 if TYPE_CHECKING:
+    from hyperpod.agent.hostplace import HostProcesses
     from hyperpod.agent.imagemount import ImageVolume
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,15 @@ REMOVE_TIMEOUT = 5.0
 class Tools:
     """What every container uses."""
 
-    def __init__(self, layout: Layout, cgroups: Cgroups, reaper: Reaper, owner: TaskOwner) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        cgroups: Cgroups,
+        reaper: Reaper,
+        owner: TaskOwner,
+        host: HostProcesses | None = None,
+    ) -> None:
+        self.host = host
         self.layout, self.cgroups, self.reaper, self.owner = layout, cgroups, reaper, owner
         self.crun = Crun(layout, reaper)
         self.layers = Layers(layout)
@@ -109,6 +118,8 @@ class Exec:
         process["terminal"] = self.io.tty
         process["user"] = self.container.user
         security.complete(process, self.container.environment)
+        if tools.host is not None:
+            tools.host.fit(process)
         variables = envexec.take(process)
         path = f"{tools.layout.bundle(self.container.id)}/{self.id}"
         _write_json(path, process)
@@ -123,7 +134,7 @@ class Exec:
                     path,
                     child,
                     console,
-                    oom_score_adj=int(process.get("oomScoreAdj", 0)),
+                    oom_score_adj=process.get("oomScoreAdj"),
                 ),
             )
         except (HyperpodError, OSError):
@@ -239,6 +250,8 @@ class Container:
                 self.environment = await security.apply(spec, wanted)
                 security.complete(spec["process"], self.environment)
             self.user = spec["process"]["user"]
+            if self.tools.host is not None:
+                self.tools.host.complete(spec)
             podfiles.add_mounts(layout, spec)
             self._variables = envexec.take(spec["process"])
             _write_json(f"{layout.bundle(self.id)}/config.json", spec)

@@ -57,7 +57,7 @@ class Crun:
         child: list[int],
         console: str | None,
         *,
-        oom_score_adj: int,
+        oom_score_adj: int | None,
     ) -> int:
         """Start one more process; gives its pid. It inherits the score from crun, which sets it for a container's
         first process only."""
@@ -89,7 +89,7 @@ class Crun:
         """
         remove_tree(f"{self._layout.crun_root}/{container}")
 
-    async def _call(self, argv: list[str], child: list[int], oom_score_adj: int = 0) -> None:
+    async def _call(self, argv: list[str], child: list[int], oom_score_adj: int | None = None) -> None:
         self._calls += 1
         log = f"{self._layout.root}/crun{self._calls}.log"
         full = [

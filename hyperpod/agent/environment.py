@@ -1,4 +1,6 @@
-"""The two places where an agent runs, and what each needs before the first container."""
+"""A place where an agent runs, and the guest, which is one: what it needs before the first container.
+
+The other one is hyperpod.agent.hostplace."""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import os
 import socket
 import time
 
-from hyperpod.agent import linux, podfiles, rootfs
+from hyperpod.agent import linux, podfiles
 from hyperpod.agent.cgroups import ROOT as CGROUP_ROOT
 from hyperpod.agent.cgroups import Cgroups
 from hyperpod.agent.crun import Crun
@@ -37,16 +39,15 @@ def phase(name: str) -> None:
 
 
 class Place:
-    """Base: what a host agent does; a guest overrides what it owns."""
+    """Base: a guest overrides what it owns, a host agent what its pod does."""
 
     def __init__(self, layout: Layout, ended: asyncio.Event) -> None:
         self.layout, self._ended = layout, ended
         self._crun_version: str | None = None
 
     async def greet(self, hello: v1.HelloRequest) -> None:
-        """Take what Hello brings. A host agent shares its kernel: what would change it is refused."""
-        if hello.sysctls or hello.interfaces:
-            raise InvalidArgument("a host agent sets no sysctls and no network")
+        """Take what Hello brings. Raises InvalidArgument."""
+        raise NotImplementedError
 
     def set_clock(self, ns: int) -> None:
         """Nothing on a host."""
@@ -62,36 +63,6 @@ class Place:
 
     def power_off(self) -> None:
         """Nothing on a host."""
-
-
-class HostPlace(Place):
-    """A host process with a mount namespace of its own, so that no mount of it can leak."""
-
-    @staticmethod
-    def prepare(directory: str, name: str) -> tuple[Layout, Cgroups]:
-        """`directory`: 0700, ours alone. `name`: of the cgroup below /hyperpod."""
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        linux.become_subreaper()
-        linux.unshare(linux.CLONE_NEWNS)
-        linux.mount("none", "/", "", linux.MS_REC | linux.MS_SLAVE)
-        if os.path.exists(f"{CGROUP_ROOT}/unified/cgroup.controllers"):
-            # crun refuses v1 with controllers left in v2 ("hybrid"); without this mount it sees plain v1.
-            linux.umount(f"{CGROUP_ROOT}/unified", linux.MNT_DETACH)
-        layout = Layout(root=directory, scratch=f"{directory}/s", cgroup=f"/hyperpod/{name}", guest=False)
-        cgroups = Cgroups(layout.cgroup)
-        cgroups.setup()
-        return layout, cgroups
-
-    @staticmethod
-    async def clean(layout: Layout, cgroups: Cgroups) -> None:
-        """Remove what an agent that died left in the same directory."""
-        await cgroups.kill(layout.cgroup)
-        for name in cgroups.children(layout.cgroup):
-            cgroups.remove(f"{layout.cgroup}/{name}")
-        for path in (layout.crun_root, f"{layout.root}/b", layout.layers, layout.scratch):
-            if os.path.exists(path):
-                rootfs.remove_tree(path)
-        layout.make()
 
 
 class GuestPlace(Place):
@@ -123,10 +94,7 @@ class GuestPlace(Place):
         if hello.entropy:
             linux.add_entropy(hello.entropy[:ENTROPY_LIMIT])
         if hello.hostname:
-            try:
-                socket.sethostname(hello.hostname)
-            except OSError as exc:
-                raise InvalidArgument(f"hostname {hello.hostname[:80]!r}: {exc.strerror}") from exc
+            set_hostname(hello.hostname)
         if hello.interfaces:
             from hyperpod.agent import network
 
@@ -151,6 +119,14 @@ class GuestPlace(Place):
     def power_off(self) -> None:
         os.sync()
         linux.power_off()
+
+
+def set_hostname(name: str) -> None:
+    """Raises InvalidArgument when the kernel does not take it."""
+    try:
+        socket.sethostname(name)
+    except OSError as exc:
+        raise InvalidArgument(f"hostname {name[:80]!r}: {exc.strerror}") from exc
 
 
 def set_sysctl(name: str, value: str) -> None:

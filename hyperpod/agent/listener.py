@@ -34,26 +34,28 @@ def listen_vsock(port: int) -> socket.socket:
     return sock
 
 
-def listen_unix(directory: str, port: int) -> socket.socket:
-    """For a host agent: `<directory>/<port>.sock`; the directory is 0700."""
+def listen_unix(directory: str, port: int, uid: int | None = None) -> socket.socket:
+    """For a host agent: `<directory>/<port>.sock`, for root, or for the user `uid` and root."""
     path = f"{directory}/{port}.sock"
     made = f"{directory}/.{port}.sock"
     if os.path.exists(made):
         os.unlink(made)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.bind(made)
+    os.chmod(made, 0o600)
+    if uid is not None:
+        os.chown(made, uid, -1)
     sock.listen(BACKLOG)
     os.rename(made, path)  # who sees it can connect
     sock.setblocking(False)
     return sock
 
 
-def is_host(sock: socket.socket) -> bool:
-    """Whether the peer is the host (vsock) or root (Unix socket)."""
+def is_host(sock: socket.socket, uid: int | None = None) -> bool:
+    """Whether the peer is the host (vsock); root, or the user `uid` (Unix socket)."""
     if sock.family == socket.AF_UNIX:
         raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        uid: int = struct.unpack("3i", raw)[1]
-        return uid == 0
+        return struct.unpack("3i", raw)[1] in (0, uid)
     cid: int = sock.getpeername()[0]
     return cid == HOST_CID
 
@@ -72,7 +74,7 @@ class _Preface(asyncio.Protocol):
         listener = self._listener
         sock = transport.get_extra_info("socket")
         try:
-            welcome = is_host(sock)
+            welcome = is_host(sock, listener.uid)
         except OSError:
             welcome = False
         if not welcome or listener.unproven >= MAX_UNPROVEN or listener.connected >= listener.limit:
@@ -150,6 +152,8 @@ class Listener:
     ) -> None:
         self.port, self.identity, self.make_protocol, self.limit = port, identity, make_protocol, limit
         self.unproven = 0
+        self.uid: int | None = None
+        """Who may connect beside root, to a host agent."""
         self._transports: set[asyncio.Transport] = set()
         self._server: asyncio.Server | None = None
 

@@ -10,11 +10,12 @@ import logging
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 from hyperpod.agent import messages
 from hyperpod.agent.container import Tools
 from hyperpod.agent.containers import Containers
-from hyperpod.agent.environment import GuestPlace, HostPlace, Place, phase
+from hyperpod.agent.environment import GuestPlace, Place, phase
 from hyperpod.agent.listener import CONTROL_PORT, STDIO_PORT, Listener, listen_unix, listen_vsock
 from hyperpod.agent.reaper import Reaper
 from hyperpod.agent.service import AgentService, h2_factory
@@ -23,30 +24,37 @@ from hyperpod.errors import HyperpodError
 from hyperpod.tasks import TaskOwner
 from hyperpod.wire.preface import Identity
 
+if TYPE_CHECKING:
+    from hyperpod.agent.hostplace import HostOptions
+
 log = logging.getLogger("hyperpod.agent")
 
 MAX_CONTROL, MAX_STDIO = 16, 2048
 """Proven connections per port."""
 
 CLOSE_TIMEOUT = 20.0
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-async def serve(directory: str | None) -> Place:
-    """Run until Shutdown or SIGTERM. `directory` is None in a guest."""
+async def serve(host: HostOptions | None) -> Place:
+    """Run until Shutdown or SIGTERM. `host` is None in a guest."""
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     messages.evaluate_once()
     reaper = Reaper()
     place: Place
-    if directory is None:
+    processes = None
+    if host is None:
         layout, cgroups = GuestPlace.prepare()
         place = GuestPlace(layout, ended)
     else:
-        layout, cgroups = HostPlace.prepare(directory, os.path.basename(directory.rstrip("/")))
-        place = HostPlace(layout, ended)
+        from hyperpod.agent.hostplace import HostPlace  # a guest's start does without
+
+        layout, cgroups, processes = HostPlace.prepare(host)
+        place = HostPlace(layout, ended, host)
         await HostPlace.clean(layout, cgroups)
         loop.add_signal_handler(signal.SIGTERM, place.end)
     owner = TaskOwner("agent", limit=16384)
-    containers = Containers(Tools(layout, cgroups, reaper, owner))
+    containers = Containers(Tools(layout, cgroups, reaper, owner, processes))
     identity = Identity(claimable=lambda: len(containers) == 0)
     control = Listener(CONTROL_PORT, identity, h2_factory(AgentService(containers, place)), MAX_CONTROL)
     stdio = Listener(
@@ -55,9 +63,13 @@ async def serve(directory: str | None) -> Place:
         lambda: StdioConnection(containers.stream),
         MAX_STDIO,
     )
+    if host is not None:
+        stdio.uid = host.stdio_uid
     for listener in (stdio, control):
         port = listener.port
-        await listener.start(listen_vsock(port) if directory is None else listen_unix(directory, port))
+        await listener.start(
+            listen_vsock(port) if host is None else listen_unix(host.directory, port, listener.uid)
+        )
     phase("listening")
     await ended.wait()
     try:
@@ -68,7 +80,7 @@ async def serve(directory: str | None) -> Place:
     control.close()
     stdio.close()
     await owner.close()
-    if directory is not None:
+    if host is not None:
         cgroups.remove(layout.cgroup)
     reaper.close()
     # A second SIGTERM must not turn a clean end into a death by signal when the loop drops its handler.
@@ -76,16 +88,25 @@ async def serve(directory: str | None) -> Place:
     return place
 
 
+def main_on_host(options: HostOptions) -> int:
+    """Until the agent is told to end, for who has forked it. Returns the process's exit code."""
+    os.environ.setdefault("PATH", PATH)
+    asyncio.run(serve(options))
+    return 0
+
+
 def main(argv: list[str]) -> int:
     """Exit code of the process; a guest's never returns."""
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="hyperpod-agent: %(levelname).1s %(message)s"
     )
-    os.environ.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    os.environ.setdefault("PATH", PATH)
     if argv[:1] == ["--guest"]:
         asyncio.run(serve(None)).power_off()
     elif argv[:1] == ["--host"] and len(argv) == 2:
-        asyncio.run(serve(argv[1]))
+        from hyperpod.agent.hostplace import HostOptions
+
+        return main_on_host(HostOptions(argv[1]))
     else:
         print("usage: --guest | --host DIR", file=sys.stderr)  # noqa: T201  # there is no other user interface
         return 2

@@ -34,11 +34,11 @@ def exit_code(status: int) -> int:
 
 
 @contextlib.contextmanager
-def _oom_score(value: int) -> Iterator[None]:
-    """Children started in here inherit the score; ours is as before afterwards. 0: as it is.
+def _oom_score(value: int | None) -> Iterator[None]:
+    """Children started in here inherit the score; ours is as before afterwards. None: as it is.
 
     A host may forbid a lower one (it takes CAP_SYS_RESOURCE): then they have ours."""
-    if not value:
+    if value is None:
         yield
         return
     path = "/proc/self/oom_score_adj"
@@ -110,7 +110,13 @@ class Reaper:
         return future
 
     def spawn(
-        self, argv: Sequence[str], stdin: int, stdout: int, stderr: int, *more: int, oom_score_adj: int = 0
+        self,
+        argv: Sequence[str],
+        stdin: int,
+        stdout: int,
+        stderr: int,
+        *more: int,
+        oom_score_adj: int | None = None,
     ) -> tuple[int, asyncio.Future[int]]:
         """Start a program in a session of its own with these fds as 0, 1, 2 and on: pid, exit code future.
 
@@ -147,7 +153,7 @@ class Reaper:
         stdout: int | None = None,
         stderr: int | None = None,
         more: Sequence[int] = (),
-        oom_score_adj: int = 0,
+        oom_score_adj: int | None = None,
     ) -> tuple[int, bytes]:
         """Run a helper program to its end; gives its exit code and what it printed to the fds not given.
 

@@ -20,6 +20,8 @@ class Leased:
 
     root: list[LayerFile]
     volumes: list[tuple[Mount, list[LayerFile]]]
+    on_host: bool = False
+    """Its agent opens the files; a guest's finds their disks by serial."""
 
     @property
     def files(self) -> list[LayerFile]:
@@ -28,13 +30,18 @@ class Leased:
         return list({layer.name: layer for layer in every}.values())
 
     def root_for_agent(self) -> list[types.Layer]:
-        return _for_agent(self.root)
+        return self._for_agent(self.root)
 
     def volumes_for_agent(self) -> list[types.ImageVolume]:
         return [
-            types.ImageVolume(clean(mount.container_path), tuple(_for_agent(layers)), mount.image_sub_path)
+            types.ImageVolume(
+                clean(mount.container_path), tuple(self._for_agent(layers)), mount.image_sub_path
+            )
             for mount, layers in self.volumes
         ]
+
+    def _for_agent(self, layers: Sequence[LayerFile]) -> list[types.Layer]:
+        return [types.Layer(serial_of(x.name), x.path if self.on_host else "", x.fstype) for x in layers]
 
 
 def resolve(mounts: Sequence[Mount], images: ImageStore) -> tuple[ImageVolume, ...]:
@@ -54,7 +61,7 @@ def resolve(mounts: Sequence[Mount], images: ImageStore) -> tuple[ImageVolume, .
     return tuple(found)
 
 
-def lease(record: ContainerRecord, images: ImageStore) -> Leased:
+def lease(record: ContainerRecord, images: ImageStore, *, on_host: bool) -> Leased:
     """Until `images.release` of the container's id, also when this raises NotFound half-way."""
     return Leased(
         root=images.lease(record.image_id, record.id),
@@ -62,8 +69,5 @@ def lease(record: ContainerRecord, images: ImageStore) -> Leased:
             (record.config.mounts[volume.mount], images.lease(volume.image_id, record.id))
             for volume in record.image_volumes
         ],
+        on_host=on_host,
     )
-
-
-def _for_agent(layers: Sequence[LayerFile]) -> list[types.Layer]:
-    return [types.Layer(serial=serial_of(x.name), path="", fstype=x.fstype) for x in layers]

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from hyperpod import failpoints
 from hyperpod.agentclient.types import AgentContainerState, ContainerInfo
-from hyperpod.container import layers, process, signals
+from hyperpod.container import layers, placement, process, signals
 from hyperpod.container.live import LiveContainer
 from hyperpod.container.logfile import log_path, open_log
 from hyperpod.container.seccomp import SeccompProfiles
@@ -38,7 +38,7 @@ from hyperpod.model.container import (
     Reason,
 )
 from hyperpod.model.images import Image
-from hyperpod.model.sandbox import SandboxConfig
+from hyperpod.model.sandbox import Kind, SandboxConfig
 from hyperpod.model.security import LinuxResources, NamespaceMode, User
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.sandbox.manager import SandboxManager
@@ -116,9 +116,11 @@ class ContainerManager:
         ident = secrets.token_hex(32)
         record = self._record(ident, sandbox, config, image)
         resources = limits.fit("config.linux.resources", config.resources, sandbox.record.size)
+        placement.check(sandbox.record, config)
         self._check_security(sandbox, config)
         seccomp = await self._seccomp.of(config, sandbox.record.kernel.version)
-        spec = build_spec(replace(process.spec_input(record, seccomp), resources=resources))
+        placed = placement.placed(sandbox, process.spec_input(record, seccomp), record)
+        spec = build_spec(replace(placed, resources=resources))
         container = LiveContainer(record, ContainerStatus(resources=resources))
         async with container.lock:
             await self._prepare(container, sandbox, spec)
@@ -130,7 +132,7 @@ class ContainerManager:
         security = process.security(config, record.image_config)
         binds = mounts.host_binds(config.mounts, ident)
         try:
-            leased = layers.lease(record, self.images)
+            leased = layers.lease(record, self.images, on_host=sandbox.record.kind is Kind.HOST)
             await self.store.create(ident, record, container.status)
             self._add(container)
             failpoints.passing("container.recorded")
@@ -138,7 +140,7 @@ class ContainerManager:
             failpoints.passing("container.layers")
             submounts: list[str] = []
             if binds:
-                submounts = await self.sandboxes.builder.mount(sandbox, binds)
+                submounts = await self.sandboxes.builder(sandbox).mount(sandbox, binds)
                 failpoints.passing("container.mounted")
             agent = await sandbox.session.client()
             user = await agent.create_container(
@@ -149,7 +151,7 @@ class ContainerManager:
                 stdin=config.stdin,
                 stdin_once=config.stdin_once,
                 security=security,
-                share=mounts.TAG if binds else "",
+                share=placement.share(sandbox.record, binds),
                 submounts=submounts,
                 image_volumes=leased.volumes_for_agent(),
             )
@@ -353,7 +355,7 @@ class ContainerManager:
         """Give mounts and layers back: umount in the guest, detach from the VM, drop the lease."""
         if sandbox is not None:
             if container.record.config.mounts:
-                await self.sandboxes.builder.shares.release(sandbox, container.id)
+                await self.sandboxes.builder(sandbox).unmount(sandbox, container.id)
                 failpoints.passing("container.unmounted")
             unused = sandbox.disks.unused_after(container.id)
             if sandbox.ready and unused:
@@ -411,7 +413,9 @@ class ContainerManager:
 
     async def sandbox_stopped(self, sandbox: LiveSandbox, detail: str) -> None:
         self._deaf.discard(sandbox.id)
-        message = f"the pod's virtual machine ended: {detail}" if detail else "the pod was stopped"
+        message = (
+            f"the pod's {sandbox.record.kind.words} ended: {detail}" if detail else "the pod was stopped"
+        )
         code, reason = (OOM_CODE, Reason.OOM_KILLED) if sandbox.host_oom else (UNKNOWN_CODE, Reason.UNKNOWN)
         for container in self.of(sandbox.id):
             if container.state is not ContainerState.EXITED:

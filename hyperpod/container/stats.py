@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from hyperpod.agentclient.figures import Bounds, SandboxFigures
@@ -85,9 +84,9 @@ class _Known:
 
 
 class StatsCollector:
-    """Asks the agents. `scratch`: gives the path of a sandbox's scratch disk."""
+    """Asks the agents. `scratch`: gives the size of a sandbox's scratch disk in bytes."""
 
-    def __init__(self, owner: TaskOwner, scratch: Callable[[LiveSandbox], Path]) -> None:
+    def __init__(self, owner: TaskOwner, scratch: Callable[[LiveSandbox], int]) -> None:
         self._operations = Operations(owner)
         self._scratch = scratch
         self._known: WeakKeyDictionary[LiveSandbox, _Known] = WeakKeyDictionary()
@@ -138,8 +137,5 @@ class StatsCollector:
     def _bounds(self, sandbox: LiveSandbox) -> Bounds:
         size = sandbox.record.size
         age = max(now_ns() - sandbox.record.created_at, 0)
-        try:
-            disk = self._scratch(sandbox).stat().st_size
-        except FileNotFoundError:  # the pod is being stopped
-            disk = 0
-        return Bounds(memory=size.max_memory_mib << 20, disk=disk, cpu_ns=age * size.max_vcpus)
+        memory, disk = size.max_memory_mib << 20, self._scratch(sandbox)
+        return Bounds(memory=memory, disk=disk, cpu_ns=age * size.max_vcpus)

@@ -12,7 +12,7 @@ from hyperpod.cri.guard import guarded
 from hyperpod.cri.ports import Ports
 from hyperpod.errors import InvalidArgument
 from hyperpod.model.images import Image
-from hyperpod.sandbox.manager import HANDLERS
+from hyperpod.spec.place import HANDLERS
 
 
 @guarded

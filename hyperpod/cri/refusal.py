@@ -16,6 +16,7 @@ import betterproto2
 
 from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.errors import InvalidArgument, Unsupported
+from hyperpod.spec.place import HANDLERS
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,11 @@ Table = dict[str, Rule]
 HONOURED = Honoured()
 _POD, _CONTAINER, _NODE = cri.NamespaceMode.POD, cri.NamespaceMode.CONTAINER, cri.NamespaceMode.NODE
 _NO_PAUSE = "a VM needs no pause process, so there is nothing that it could apply to"
-_NO_HOST = "it needs a host pod: a pod in a VM has namespaces of its own; give it another runtime handler"
+_WHICH = "no such namespace for it"
 _WINDOWS = "this is a Linux runtime"
 _PROFILES = (cri.SecurityProfileProfileType.RuntimeDefault, cri.SecurityProfileProfileType.Unconfined)
 _OLD_PROFILES = ("", "runtime/default", "docker/default", "unconfined")
 _NO_APPARMOR = "the guest has no AppArmor"
-_DEVICES = tuple(
-    f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty", "fuse", "net/tun", "kvm")
-)
-"""Those that are the same thing in every kernel; any other path names something else in the guest."""
 
 
 def _under(prefix: str, table: Table) -> Table:
@@ -72,8 +69,9 @@ def _honoured(*paths: str) -> Table:
 
 
 _NAMESPACES: Table = {
-    "network": Only((_POD,), _NO_HOST, never=None),
-    "ipc": Only((_POD, _CONTAINER), _NO_HOST, never=None),
+    # NODE makes a pod a host pod, or is refused for a VM by spec/place.py.
+    "network": Only((_POD, _NODE), _WHICH, never=None),
+    "ipc": Only((_POD, _CONTAINER, _NODE), _WHICH, never=None),
     # The kubelet sends NODE for every pod that does not ask for a user namespace.
     "userns_options.mode": Only((_NODE,), "user namespaces are not built yet"),
     "userns_options.uids": Refused("user namespaces are not built yet"),
@@ -82,12 +80,12 @@ _NAMESPACES: Table = {
 _SELINUX: Table = dict.fromkeys(("user", "role", "type", "level"), Refused("the guest has no SELinux"))
 _POD_NAMESPACES: Table = {
     **_NAMESPACES,
-    "pid": Only((_POD, _CONTAINER), f"TARGET is a container's; NODE: {_NO_HOST}", never=None),
+    "pid": Only((_POD, _CONTAINER, _NODE), "TARGET is a container's", never=None),
     "target_id": Harmless("counts with TARGET only"),
 }
 _CONTAINER_NAMESPACES: Table = {
     **_NAMESPACES,
-    "pid": Only((_POD, _CONTAINER, cri.NamespaceMode.TARGET), _NO_HOST, never=None),
+    "pid": HONOURED,
     "target_id": HONOURED,
 }
 _APPARMOR: Table = {
@@ -112,16 +110,11 @@ _POD_RESOURCES: Table = {
 }
 _IMAGE: Table = {
     **_honoured("image", "annotations", "user_specified_image"),
-    "runtime_handler": Only(("", "vm"), "no such runtime handler", never=None),
+    "runtime_handler": Only(HANDLERS, "no such runtime handler", never=None),
     "image_ref": Harmless("ContainerStatus tells what `image` turned out to be"),
 }
 _MOUNT: Table = {
-    **_honoured("container_path", "host_path", "readonly", "recursive_read_only"),
-    "propagation": Only(
-        (cri.MountPropagation.PROPAGATION_PRIVATE, cri.MountPropagation.PROPAGATION_HOST_TO_CONTAINER),
-        f"the host cannot see what a guest mounts, {_NO_HOST}",
-        never=None,
-    ),
+    **_honoured("container_path", "host_path", "readonly", "recursive_read_only", "propagation"),
     # The kubelet sets it on every host for the first container that gets a volume.
     "selinux_relabel": Harmless("the guest has no SELinux, and nothing of the pod on the host needs a label"),
     "uid_mappings": Refused("user namespaces are not built yet"),
@@ -162,11 +155,9 @@ CREATE_CONTAINER: Table = {
     **_honoured("config.stdin", "config.stdin_once", "config.tty", "config.stop_signal"),
     **_under("config.image", _IMAGE),
     **_under("config.mounts[]", _MOUNT),
-    "config.devices[].host_path": Only(
-        ("", *_DEVICES),
-        f"a host's device cannot enter a VM; of a guest's own there are {', '.join(_DEVICES)}",
+    **_honoured(
+        "config.devices[].host_path", "config.devices[].container_path", "config.devices[].permissions"
     ),
-    **_honoured("config.devices[].container_path", "config.devices[].permissions"),
     "config.CDI_devices": Refused("CDI devices are not built yet"),
     "config.windows": Refused(_WINDOWS),
     **_under("config.linux.resources", _RESOURCES),

@@ -20,9 +20,9 @@ from hyperpod.model.container import (
 )
 from hyperpod.model.images import Image
 from hyperpod.model.mounts import Mount, MountImage
-from hyperpod.model.sandbox import Sandbox, SandboxMetadata
-from hyperpod.model.security import LinuxResources, NamespaceOptions
-from hyperpod.spec.mounts import explained
+from hyperpod.model.sandbox import Kind, Sandbox, SandboxMetadata
+from hyperpod.model.security import LinuxResources, NamespaceMode, NamespaceOptions
+from hyperpod.spec.mounts import VIA_BIND, VIA_SHARE, explained
 
 _STATES = {
     ContainerState.CREATED: cri.ContainerState.CONTAINER_CREATED,
@@ -121,6 +121,8 @@ def pod_status(
 
 def _pod_network(sandbox: Sandbox) -> cri.PodSandboxNetworkStatus | None:
     network = sandbox.status.network
+    if sandbox.ready and sandbox.record.config.namespaces.network is NamespaceMode.NODE:
+        return cri.PodSandboxNetworkStatus()  # its addresses are the node's to tell
     if network is None or not sandbox.ready:
         return None
     first, *others = network.addresses
@@ -129,25 +131,30 @@ def _pod_network(sandbox: Sandbox) -> cri.PodSandboxNetworkStatus | None:
 
 def _pod_info(sandbox: Sandbox) -> dict[str, str]:
     record, status = sandbox.record, sandbox.status
+    common = {
+        "uid": record.uid,
+        "gid": record.gid,
+        "kernel": record.kernel.version,
+        "facts": status.guest_facts,
+        "phase": status.phase.value,
+        "reason": status.reason,
+        "message": status.message,
+        "stopped_at": status.stopped_at,
+    }
+    if record.kind is Kind.VM:
+        common |= {
+            "domain": record.domain,
+            "domain_uuid": record.domain_uuid,
+            "vsock": record.vsock,
+            "virtiofs": record.virtiofs,
+            "size": record.size.model_dump(),
+            "guest": record.guest.version,
+        }
     return {
         "timings": _json(**status.timings),
         "network": _json(**(status.network.model_dump() if status.network else {})),
-        "vm": _json(
-            domain=record.domain,
-            domain_uuid=record.domain_uuid,
-            uid=record.uid,
-            gid=record.gid,
-            vsock=record.vsock,
-            virtiofs=record.virtiofs,
-            size=record.size.model_dump(),
-            kernel=record.kernel.version,
-            guest=record.guest.version,
-            facts=status.guest_facts,
-            phase=status.phase.value,
-            reason=status.reason,
-            message=status.message,
-            stopped_at=status.stopped_at,
-        ),
+        "place": record.kind.value,
+        "vm" if record.kind is Kind.VM else "host_pod": _json(**common),
     }
 
 
@@ -308,8 +315,10 @@ def _status(container: Container) -> cri.ContainerStatus:
     )
 
 
-def container_status(container: Container, *, verbose: bool) -> cri.ContainerStatusResponse:
-    """`info.container`: what CRI has no field for; `info.mounts`: how each mount gets there."""
+def container_status(
+    container: Container, *, verbose: bool, kind: Kind = Kind.VM
+) -> cri.ContainerStatusResponse:
+    """`info.container`: what CRI has no field for; `info.mounts`: how each mount gets there. `kind`: of its pod."""
     record, status = container.record, container.status
     info = _json(
         sandbox_id=record.sandbox_id,
@@ -319,7 +328,8 @@ def container_status(container: Container, *, verbose: bool) -> cri.ContainerSta
         layers=record.layers,
         image_config=record.image_config.model_dump(),
     )
-    how = explained(record.config.mounts, _images(record))
+    via = VIA_SHARE if kind is Kind.VM else VIA_BIND
+    how = explained(record.config.mounts, _images(record), via=via)
     return cri.ContainerStatusResponse(
         status=_status(container),
         info={"container": info, "mounts": _json(**how)} if verbose else {},

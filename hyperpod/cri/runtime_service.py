@@ -16,7 +16,8 @@ from hyperpod.cri.guard import guarded
 from hyperpod.cri.ports import Ports
 from hyperpod.errors import NetworkError
 from hyperpod.hypervisor.base import Hypervisor
-from hyperpod.sandbox.manager import HANDLERS
+from hyperpod.model.sandbox import Kind
+from hyperpod.spec.place import HANDLERS
 
 KUBELET_API = "0.1.0"
 """What VersionResponse.version has been since the first CRI."""
@@ -178,7 +179,9 @@ class RuntimeService(cri.RuntimeServiceBase):
 
     async def container_status(self, message: cri.ContainerStatusRequest) -> cri.ContainerStatusResponse:
         container = self._ports.containers.get(message.container_id)
-        return replies.container_status(container, verbose=message.verbose)
+        sandbox = self._ports.sandboxes.index.find(container.record.sandbox_id)
+        kind = Kind.VM if sandbox is None else sandbox.record.kind
+        return replies.container_status(container, verbose=message.verbose, kind=kind)
 
     async def list_containers(self, message: cri.ListContainersRequest) -> Any:
         await self._containers.warm(self._ports.containers.all())

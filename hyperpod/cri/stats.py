@@ -15,6 +15,7 @@ from hyperpod.container.manager import ContainerManager
 from hyperpod.container.stats import StatsCollector
 from hyperpod.cri import filesystems, metrics, replies, stats_replies
 from hyperpod.errors import Unavailable
+from hyperpod.model.sandbox import Kind
 from hyperpod.sandbox import overhead
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.sandbox.manager import SandboxManager
@@ -105,9 +106,8 @@ class StatsReader:
         sandbox = self._sandboxes.live(ident)
         if not sandbox.ready:
             return {}
-        builder = self._sandboxes.builder
-        path = builder.cgroup(sandbox)
-        found = await overhead.processes(path, builder.cgroups.used)
+        path = self._sandboxes.builder(sandbox).cgroup(sandbox)
+        found = await overhead.processes(path, self._sandboxes.cgroups.used)
         sample = (await self._collector.collect([sandbox])).get(sandbox.id)
         memory, cpu_ns = sum(p.memory for p in found), sum(p.cpu_ns for p in found)
         host: dict[str, Any] = {
@@ -116,7 +116,7 @@ class StatsReader:
             "memory_bytes": memory,
             "cpu_ns": cpu_ns,
         }
-        if sample is not None:
+        if sample is not None and sandbox.record.kind is Kind.VM:
             guest = sample.figures.guest
             used = max(guest.memory_total - guest.memory_free, 0)
             host |= {

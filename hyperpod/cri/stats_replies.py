@@ -21,6 +21,7 @@ from hyperpod.container.live import LiveContainer
 from hyperpod.container.stats import Sample
 from hyperpod.model.base import now_ns
 from hyperpod.model.container import ContainerState
+from hyperpod.model.security import NamespaceMode
 from hyperpod.sandbox.live import LiveSandbox
 
 DEFAULT_INTERFACE = "eth0"
@@ -132,7 +133,8 @@ def pod(
     linux = cri.LinuxPodSandboxStats(containers=[container(item, sample, mountpoint) for item in containers])
     if sample is not None:
         at, guest = sample.at_ns, sample.figures.guest
-        linux.network = _network(guest, at)
+        if config.namespaces.network is not NamespaceMode.NODE:  # those of the node are not the pod's
+            linux.network = _network(guest, at)
         if guest.containers is not None:
             linux.cpu = _cpu(guest.containers, sample.nano_cores.get(""), at)
             linux.memory = _memory(guest.containers, at)

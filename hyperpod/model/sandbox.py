@@ -83,6 +83,18 @@ SANDBOX_TRANSITIONS: dict[SandboxPhase, frozenset[SandboxPhase]] = {
 }
 
 
+class Kind(StrEnum):
+    """The place that a sandbox is."""
+
+    VM = "vm"
+    HOST = "host"
+
+    @property
+    def words(self) -> str:
+        """For messages: whose end is the end of the pod."""
+        return "virtual machine" if self is Kind.VM else "agent"
+
+
 class Artifact(Record):
     """A guest kernel or root image: what a VM was started with stays known after an upgrade."""
 
@@ -122,6 +134,8 @@ class SandboxRecord(Record):
     guest: Artifact
     size: VmSize
     vsock: str = "vhost-user"
+    kind: Kind = Kind.VM
+    """Of a host pod, `kernel` and `size` are the host's own; what a VM alone has is empty."""
     virtiofs: str = "off"
     """`boot`, `demand` or `off`, as the configuration said; sandboxes of before there were mounts: off."""
 

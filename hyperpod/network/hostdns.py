@@ -14,10 +14,10 @@ SYSTEMD = Path("/run/systemd/resolve/resolv.conf")
 LIMIT = 64 * 1024
 
 
-def host_resolv_conf(path: Path = RESOLV_CONF, behind_stub: Path = SYSTEMD) -> str:
-    """Empty when the host has none."""
+def host_resolv_conf(path: Path = RESOLV_CONF, behind_stub: Path = SYSTEMD, *, stub: bool = False) -> str:
+    """Empty when the host has none. `stub`: a stub resolver on the host's loopback will do."""
     text = _read(path)
-    if only_loopback(text):
+    if only_loopback(text) and not stub:
         return _read(behind_stub) or text
     return text
 

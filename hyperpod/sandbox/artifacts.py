@@ -7,11 +7,12 @@ so an upgrade of the folders changes new VMs only.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from hyperpod.errors import FailedPrecondition
-from hyperpod.model.sandbox import Artifact
+from hyperpod.model.sandbox import Artifact, VmSize
 
 
 def _manifest(folder: Path, kind: str, setting: str) -> dict[str, Any]:
@@ -55,4 +56,17 @@ def guest(folder: Path) -> Artifact:
         path=_file(folder, data.get("root"), "root image"),
         cmdline=str(data.get("cmdline", "")),
         fstype=str(data.get("fstype", "")),
+    )
+
+
+def host_kernel() -> Artifact:
+    """What host pods run on."""
+    return Artifact(version=os.uname().release, path="")
+
+
+def host_size() -> VmSize:
+    """What this host has: the most that a host pod can have."""
+    memory, cpus = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20, os.cpu_count() or 1
+    return VmSize(
+        memory_mib=memory, vcpus=cpus, max_memory_mib=memory, max_vcpus=cpus, reason="the host's own"
     )

@@ -9,88 +9,52 @@ import logging
 import os
 import shutil
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from hyperpod import failpoints
 from hyperpod.agentclient.types import HelloInfo
-from hyperpod.config import Config
 from hyperpod.errors import BootError, DeadlineExceeded, HyperpodError
 from hyperpod.hypervisor.base import Hypervisor
 from hyperpod.hypervisor.scratch import ScratchDisks
 from hyperpod.logs import printable
 from hyperpod.model.base import now_ns
 from hyperpod.model.network import PodNetwork
-from hyperpod.model.sandbox import SandboxConfig
 from hyperpod.network import hostdns
-from hyperpod.sandbox.cgroup import SandboxCgroups, qemu_pid
+from hyperpod.sandbox.builder import DEFAULT_SYSCTLS, Built, Common, SandboxBuilder, hostname
+from hyperpod.sandbox.cgroup import qemu_pid
 from hyperpod.sandbox.live import LiveSandbox
-from hyperpod.sandbox.network import PodNetworks
 from hyperpod.sandbox.phases import Phases
 from hyperpod.sandbox.share import Shares
-from hyperpod.shimclient.client import ShimClient
 from hyperpod.spec import podfiles
-from hyperpod.spec.cgroup import sandbox_folder
 from hyperpod.spec.domain import DomainSpec, Nic
 from hyperpod.spec.mounts import HostBind
-from hyperpod.supervisor.client import SupervisorClient
 
 log = logging.getLogger(__name__)
-
-SHIM_TIMEOUT = 20.0
-"""Seconds for a shim to listen: a fork, plus what a loaded host adds."""
 
 DESTROY_TIMEOUT = 30.0
 
 
-DEFAULT_SYSCTLS = {"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "0 2147483647"}
-"""As other runtimes give them: a pod's ports and pings are its own affair. The pod's own settings win."""
-
-
-HOSTNAME_LIMIT = 63
-"""Bytes; the kernel takes 64, a DNS label 63 (RFC 1035 2.3.4)."""
-
-
-def hostname(config: SandboxConfig) -> str:
-    """The guest's host name: the one asked for, else the pod's name cut to a DNS label."""
-    return config.hostname or config.metadata.name[:HOSTNAME_LIMIT].rstrip("-.") or "pod"
-
-
-@dataclass(frozen=True)
-class Built:
-    """What a started VM has told and cost."""
-
-    hello: HelloInfo
-    phases: Phases
-    network: PodNetwork
-
-
-class VmBuilder:
+class VmBuilder(SandboxBuilder):
     """Makes and unmakes the host-side things of one VM."""
 
     def __init__(
-        self,
-        config: Config,
-        hypervisor: Hypervisor,
-        supervisor: SupervisorClient,
-        scratch: ScratchDisks,
-        networks: PodNetworks,
-        *,
-        instance_id: str,
+        self, common: Common, hypervisor: Hypervisor, scratch: ScratchDisks, *, instance_id: str
     ) -> None:
-        self.config, self.hypervisor, self.supervisor = config, hypervisor, supervisor
-        self.scratch, self.networks, self.instance_id = scratch, networks, instance_id
-        self.cgroups = SandboxCgroups()
-        self._boots = asyncio.Semaphore(config.vm.max_concurrent_boots or 2 * (os.cpu_count() or 1))
+        super().__init__(common)
+        self.hypervisor, self.scratch, self.instance_id = hypervisor, scratch, instance_id
+        self._boots = asyncio.Semaphore(self.config.vm.max_concurrent_boots or 2 * (os.cpu_count() or 1))
         self.shares = Shares(hypervisor)
 
     def scratch_path(self, sandbox: LiveSandbox) -> Path:
         return self.config.state_dir / "scratch" / f"{sandbox.id}.raw"
 
-    async def build(self, sandbox: LiveSandbox) -> Built:
-        """From a written record to an agent that answers.
+    def scratch_bytes(self, sandbox: LiveSandbox) -> int:
+        try:
+            return self.scratch_path(sandbox).stat().st_size
+        except FileNotFoundError:  # the pod is being stopped
+            return 0
 
-        Raises BootError, NetworkError or InvalidArgument; the caller then tears down."""
+    async def build(self, sandbox: LiveSandbox) -> Built:
         phases, record = Phases(), sandbox.record
         try:
             with phases("network"):
@@ -134,16 +98,6 @@ class VmBuilder:
         finally:
             self._boots.release()
 
-    def make_directory(self, sandbox: LiveSandbox) -> None:
-        """The shim's folder: 0700 and the sandbox user's before any socket is made in it."""
-        shutil.rmtree(sandbox.directory, ignore_errors=True)
-        sandbox.directory.parent.mkdir(parents=True, exist_ok=True, mode=0o711)
-        sandbox.directory.mkdir(mode=0o700)
-        os.chown(sandbox.directory, sandbox.record.uid, sandbox.record.gid)
-
-    def cgroup(self, sandbox: LiveSandbox) -> str:
-        return sandbox_folder(sandbox.record.config.cgroup_parent, sandbox.id)
-
     async def place_qemu(self, sandbox: LiveSandbox) -> None:
         """Out of libvirt's cgroup into the sandbox's."""
         pid = await asyncio.to_thread(qemu_pid, sandbox.record.domain, sandbox.record.uid)
@@ -156,20 +110,17 @@ class VmBuilder:
         """Put a container's mounts into the sandbox's share; see Shares.bind."""
         return await self.shares.bind(sandbox, binds, lambda: self.cgroups.make(self.cgroup(sandbox)))
 
+    async def unmount(self, sandbox: LiveSandbox, container_id: str) -> None:
+        await self.shares.release(sandbox, container_id)
+
+    async def death(self, sandbox: LiveSandbox) -> str:
+        """Whatever a container does on its mounts hangs without their server: such a pod is of no use."""
+        if sandbox.record.virtiofs == "off":
+            await asyncio.Event().wait()
+        return await self.shares.death(sandbox)
+
     async def start_shim(self, sandbox: LiveSandbox, *, resume: bool) -> None:
-        """Fork the shim into the sandbox's cgroup and connect to it."""
-        cgroup = await self.cgroups.make(self.cgroup(sandbox))
-        await self.supervisor.spawn_shim(
-            sandbox_id=sandbox.id,
-            directory=str(sandbox.directory),
-            uid=sandbox.record.uid,
-            gid=sandbox.record.gid,
-            cid=sandbox.record.cid,
-            device=sandbox.record.vsock == "vhost-user",
-            resume=resume,
-            cgroup=cgroup,
-        )
-        await self.connect_shim(sandbox)
+        await super().start_shim(sandbox, resume=resume)
         if resume and sandbox.record.vsock == "vhost-user":
             await self._replug_if_lost(sandbox)
 
@@ -179,13 +130,6 @@ class VmBuilder:
         if (await sandbox.shim.hello()).device == "fresh":
             log.warning("sandbox %s: the vsock device's state is lost; plugging a new one", sandbox.short)
             await self.hypervisor.replug_vsock(sandbox.record.domain, str(sandbox.directory / "vhost.sock"))
-
-    async def connect_shim(self, sandbox: LiveSandbox) -> None:
-        """Connect to a running shim and tell it where its agent is. Raises Unavailable when there is none."""
-        shim = ShimClient(str(sandbox.directory / "control.sock"))
-        await shim.connect(timeout=SHIM_TIMEOUT)
-        await shim.agent(sandbox.endpoint, sandbox.record.token)
-        sandbox.shim = shim
 
     def domain_spec(self, sandbox: LiveSandbox, network: PodNetwork) -> DomainSpec:
         record, size = sandbox.record, sandbox.record.size
@@ -222,31 +166,18 @@ class VmBuilder:
 
     async def wait_for_agent(self, sandbox: LiveSandbox, network: PodNetwork) -> HelloInfo:
         """Dial until the agent answers, the VM dies, or the boot timeout is over."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.config.vm.boot_timeout
-        connect = loop.create_task(
-            sandbox.session.connect(deadline, claim=True), name=f"boot/{sandbox.short}"
+        await self.claim(sandbox, self.config.vm.boot_timeout, "kernel+agent")
+        client = await sandbox.session.client()
+        name = hostname(sandbox.record.config)
+        return await client.hello(
+            host_time_ns=now_ns(),
+            entropy=os.urandom(64),
+            hostname=name,
+            sysctls={**DEFAULT_SYSCTLS, **sandbox.record.config.sysctls},
+            interfaces=network.interfaces,
+            resolv_conf=podfiles.resolv_conf(sandbox.record.config.dns, hostdns.host_resolv_conf()),
+            hosts=podfiles.hosts(name, network.addresses),
         )
-        gone = loop.create_task(sandbox.gone.wait(), name=f"boot-gone/{sandbox.short}")
-        try:
-            await asyncio.wait({connect, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not connect.done():
-                raise BootError("kernel+agent", f"the VM ended: {sandbox.gone_detail or 'no reason given'}")
-            client = await connect
-            name = hostname(sandbox.record.config)
-            return await client.hello(
-                host_time_ns=now_ns(),
-                entropy=os.urandom(64),
-                hostname=name,
-                sysctls={**DEFAULT_SYSCTLS, **sandbox.record.config.sysctls},
-                interfaces=network.interfaces,
-                resolv_conf=podfiles.resolv_conf(sandbox.record.config.dns, hostdns.host_resolv_conf()),
-                hosts=podfiles.hosts(name, network.addresses),
-            )
-        finally:
-            for task in (connect, gone):
-                task.cancel()
-            await asyncio.gather(connect, gone, return_exceptions=True)
 
     async def console(self, sandbox: LiveSandbox) -> str:
         """The last lines of the guest's console, escaped; empty when there is no shim to ask."""
@@ -258,9 +189,6 @@ class VmBuilder:
             return ""
 
     async def tear_down(self, sandbox: LiveSandbox) -> None:
-        """Undo everything on the host but the network; safe to repeat.
-
-        Raises only when the VM cannot be destroyed."""
         await sandbox.session.close()
         try:
             async with asyncio.timeout(DESTROY_TIMEOUT):
@@ -273,12 +201,3 @@ class VmBuilder:
         await self.cgroups.remove(self.cgroup(sandbox), sandbox.record.domain)
         await asyncio.to_thread(shutil.rmtree, sandbox.directory, ignore_errors=True)
         await self.scratch.remove(self.scratch_path(sandbox))
-
-    async def end_shim(self, sandbox: LiveSandbox) -> None:
-        """Ask the shim to leave, then have the supervisor make sure of it and drop what it stored."""
-        shim, sandbox.shim = sandbox.shim, None
-        if shim is not None:
-            with contextlib.suppress(HyperpodError):
-                await shim.shutdown()
-            await shim.close()
-        await self.supervisor.drop(sandbox.id)

@@ -127,7 +127,8 @@ class SandboxCgroups:
     def _remove_all(self, path: str) -> list[str]:
         """Returns what is still there."""
         left = []
-        for hierarchy in self.used:
+        # The trees that we do not use as well: a host pod's agent does. v2 first, where one write kills all.
+        for hierarchy in sorted(self.all, key=lambda h: not h.unified):
             folder = Path(hierarchy.mount + path)
             if not folder.is_dir():
                 continue
@@ -217,15 +218,38 @@ def _enable(folder: Path) -> None:
 
 
 def _kill(folder: Path) -> None:
-    """SIGKILL for everybody in there and below; who comes in meanwhile is the next call's."""
+    """SIGKILL for everybody in there and below; who comes in meanwhile is the next call's, where the kernel does
+    not do it at once (cgroup.kill) or hold them still (v1's freezer)."""
+    with contextlib.suppress(OSError):
+        _tell(folder / "cgroup.kill", "1")  # Linux 5.14
+        return
+    frozen = _freeze(folder, "FROZEN")
     for current, _, _ in os.walk(folder):
         with contextlib.suppress(OSError):
             for pid in map(int, (Path(current) / "cgroup.procs").read_text().split()):
                 # 0 stands for a process that this PID namespace does not see, and would mean our own group.
                 if pid > 0:
-                    log.warning("killing process %d, the last of cgroup %s", pid, current)
+                    log.debug("killing process %d of cgroup %s", pid, current)
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
+    if frozen:
+        _freeze(folder, "THAWED")
+
+
+def _tell(file: Path, word: str) -> None:
+    """Raises OSError, also when the kernel has no such file."""
+    with file.open("r+") as opened:
+        opened.write(word)
+
+
+def _freeze(folder: Path, state: str) -> bool:
+    """Whether it is a v1 freezer's."""
+    try:
+        for current, _, _ in os.walk(folder):
+            _tell(Path(current) / "freezer.state", state)
+    except OSError:
+        return False
+    return True
 
 
 def _remove_tree(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Layer disks of one sandbox: each image layer is one read-only LUN, attached once, counted per container.
+"""Layers of one sandbox. In a VM each image layer is one read-only LUN, attached once, counted per container.
 
 Which LUN number a layer got is written to `disks.json` in the sandbox's record folder before the attach, so a
 restarted daemon knows what hangs on the VM.
@@ -39,20 +39,14 @@ def serial_of(layer: str) -> str:
     return layer.removeprefix("sha256:")[:32]
 
 
-class LayerDisks:
-    """Attaches and detaches; all methods are safe to call again after a failure."""
+class Layers:
+    """Who uses which layer of one sandbox. On a host that is all: its agent opens the files itself."""
 
-    def __init__(self, hypervisor: Hypervisor, domain: str, folder: Path) -> None:
-        self._hypervisor, self._domain = hypervisor, domain
-        self._file = folder / "disks.json"
-        self._units: dict[str, int] = {}
+    def __init__(self) -> None:
         self._users: dict[str, set[str]] = {}
-        self._lock = asyncio.Lock()
 
     def load(self) -> None:
-        """After a restart: what the file says is taken as attached; users come back by `adopt`."""
-        if self._file.exists():
-            self._units = _State.validate_json(self._file.read_bytes())
+        """After a restart; users come back by `adopt`."""
 
     def adopt(self, layers: tuple[str, ...], owner: str) -> None:
         """Count a container that used these layers before the restart."""
@@ -60,7 +54,43 @@ class LayerDisks:
             self._users.setdefault(serial_of(layer), set()).add(owner)
 
     async def attach(self, layers: Sequence[LayerImage], owner: str) -> None:
-        """Make every layer visible to the guest. When it raises, nothing is counted."""
+        """Make every layer visible to the agent. When it raises, nothing is counted."""
+        self.adopt(tuple(layer.name for layer in layers), owner)
+
+    def unused_after(self, owner: str) -> list[str]:
+        """Serials that only `owner` still uses."""
+        return [serial for serial, users in self._users.items() if users == {owner}]
+
+    def _drop(self, owner: str) -> list[str]:
+        """Stop counting `owner`; gives the serials that nobody uses any more."""
+        gone = self.unused_after(owner)
+        for users in self._users.values():
+            users.discard(owner)
+        for serial in gone:
+            del self._users[serial]
+        return gone
+
+    async def release(self, owner: str, *, detach: bool) -> None:
+        """Stop counting `owner`; detach what nobody uses any more (not when the place is gone anyway)."""
+        self._drop(owner)
+
+
+class LayerDisks(Layers):
+    """Attaches to a VM and detaches; all methods are safe to call again after a failure."""
+
+    def __init__(self, hypervisor: Hypervisor, domain: str, folder: Path) -> None:
+        super().__init__()
+        self._hypervisor, self._domain = hypervisor, domain
+        self._file = folder / "disks.json"
+        self._units: dict[str, int] = {}
+        self._lock = asyncio.Lock()
+
+    def load(self) -> None:
+        """After a restart: what the file says is taken as attached; users come back by `adopt`."""
+        if self._file.exists():
+            self._units = _State.validate_json(self._file.read_bytes())
+
+    async def attach(self, layers: Sequence[LayerImage], owner: str) -> None:
         async with self._lock:
             fresh: list[Disk] = []
             for layer in layers:
@@ -87,23 +117,15 @@ class LayerDisks:
                         self._units.pop(disk.serial, None)
                     await self._save()
                     raise failed[0]
-            for layer in layers:
-                self._users.setdefault(serial_of(layer.name), set()).add(owner)
-
-    def unused_after(self, owner: str) -> list[str]:
-        """Serials that only `owner` still uses."""
-        return [serial for serial, users in self._users.items() if users == {owner}]
+            self.adopt(tuple(layer.name for layer in layers), owner)
 
     async def release(self, owner: str, *, detach: bool) -> None:
-        """Stop counting `owner`; detach what nobody uses any more (not when the VM is gone anyway)."""
         async with self._lock:
             gone = self.unused_after(owner)
-            for users in self._users.values():
-                users.discard(owner)
+            for serial in gone if detach else ():
+                await self._hypervisor.detach_disk(self._domain, serial)
+            self._drop(owner)
             for serial in gone:
-                if detach:
-                    await self._hypervisor.detach_disk(self._domain, serial)
-                self._users.pop(serial, None)
                 self._units.pop(serial, None)
             if gone and detach:
                 await self._save()

@@ -8,22 +8,22 @@ from typing import Protocol
 
 from hyperpod.agentclient.types import ContainerInfo
 from hyperpod.errors import FailedPrecondition
-from hyperpod.model.sandbox import Sandbox, SandboxPhase, SandboxRecord, SandboxStatus
-from hyperpod.sandbox.disks import LayerDisks
+from hyperpod.model.sandbox import Kind, Sandbox, SandboxPhase, SandboxRecord, SandboxStatus
+from hyperpod.sandbox.disks import Layers
 from hyperpod.sandbox.session import AgentSession
 from hyperpod.share.virtiofsd import FileServer
 from hyperpod.shimclient.client import ShimClient
-from hyperpod.vsock.dial import Endpoint, HybridEndpoint, KernelEndpoint
+from hyperpod.vsock.dial import Endpoint, HostEndpoint, HybridEndpoint, KernelEndpoint
 
 
 class LiveSandbox:
     """Record, status, connections. Only the SandboxManager changes it."""
 
-    def __init__(
-        self, record: SandboxRecord, status: SandboxStatus, run_dir: Path, disks: LayerDisks
-    ) -> None:
+    def __init__(self, record: SandboxRecord, status: SandboxStatus, run_dir: Path, disks: Layers) -> None:
         self.record, self.status, self.disks = record, status, disks
         self.directory = run_dir / "s" / record.id[:12]
+        self.agent_home = run_dir / "h" / record.id[:12]
+        """A host pod's agent's."""
         self.files = FileServer(run_dir / "m" / record.id[:12])
         self.files_lock = asyncio.Lock()
         """Held while the file server is started, or its device attached."""
@@ -46,6 +46,8 @@ class LiveSandbox:
 
     @property
     def endpoint(self) -> Endpoint:
+        if self.record.kind is Kind.HOST:
+            return HostEndpoint(str(self.agent_home))
         if self.record.vsock == "kernel":
             return KernelEndpoint(self.record.cid)
         return HybridEndpoint(str(self.directory / "vsock.sock"))

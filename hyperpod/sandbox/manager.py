@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import uuid
 from pathlib import Path
+from typing import Any
 
-from hyperpod import failpoints
+from hyperpod import __version__, failpoints
 from hyperpod.agentclient.types import ContainerInfo
 from hyperpod.config import Config
-from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, InvalidArgument, NetworkError
+from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, NetworkError
 from hyperpod.hypervisor.base import DomainEvent
 from hyperpod.model.base import now_ns
 from hyperpod.model.sandbox import (
+    Artifact,
+    Kind,
     PortMapping,
     Sandbox,
     SandboxConfig,
@@ -24,13 +26,15 @@ from hyperpod.model.sandbox import (
     SandboxStatus,
     VmSize,
 )
-from hyperpod.model.security import LinuxResources, NamespaceMode
+from hyperpod.model.security import LinuxResources
 from hyperpod.network import ports
 from hyperpod.sandbox import artifacts
 from hyperpod.sandbox.boot import VmBuilder
-from hyperpod.sandbox.disks import LayerDisks
+from hyperpod.sandbox.builder import SandboxBuilder
+from hyperpod.sandbox.disks import LayerDisks, Layers
+from hyperpod.sandbox.host import HostBuilder
 from hyperpod.sandbox.live import LiveSandbox, SandboxListener
-from hyperpod.spec import podnet
+from hyperpod.spec import place, podnet
 from hyperpod.spec.resources import MIB, vm_size
 from hyperpod.store.index import IdIndex
 from hyperpod.store.records import RecordStore
@@ -38,8 +42,6 @@ from hyperpod.store.slots import FIRST_CID, Slots
 from hyperpod.tasks import Operations, TaskOwner
 
 log = logging.getLogger(__name__)
-
-HANDLERS = ("", "vm")
 
 
 def host_boot_id() -> str:
@@ -53,23 +55,22 @@ class SandboxManager:
         self,
         config: Config,
         store: RecordStore[SandboxRecord, SandboxStatus],
-        builder: VmBuilder,
+        vms: VmBuilder,
+        hosts: HostBuilder,
         owner: TaskOwner,
+        *,
         boot_id: str,
     ) -> None:
-        self.config, self.store, self.builder, self.owner, self.boot_id = (
-            config,
-            store,
-            builder,
-            owner,
-            boot_id,
-        )
+        self.config, self.store, self.owner, self.boot_id = config, store, owner, boot_id
+        self.vms, self.hosts = vms, hosts
+        self._builders: dict[Kind, SandboxBuilder] = {Kind.VM: vms, Kind.HOST: hosts}
+        self.networks, self.cgroups = vms.networks, vms.cgroups
         self.slots = Slots(min(config.sandbox_slots, config.vm.uid_count))
         self.index: IdIndex[LiveSandbox] = IdIndex("sandbox")
         self._names: dict[str, str] = {}
         self._operations = Operations(owner)
         self._listener: SandboxListener | None = None
-        builder.hypervisor.subscribe(self._on_domain_event)
+        vms.hypervisor.subscribe(self._on_domain_event)
 
     def listen(self, listener: SandboxListener) -> None:
         self._listener = listener
@@ -78,6 +79,10 @@ class SandboxManager:
     def listener(self) -> SandboxListener:
         assert self._listener is not None, "the composition root sets the listener"
         return self._listener
+
+    def builder(self, sandbox: LiveSandbox) -> SandboxBuilder:
+        """The one for its kind of place."""
+        return self._builders[sandbox.record.kind]
 
     # -- queries ------------------------------------------------------------------------------------------
 
@@ -92,6 +97,8 @@ class SandboxManager:
         """Whether a ready sandbox's VM can give this much to its containers. Raises FailedPrecondition."""
         sandbox = self.index.get(ident)
         sandbox.need_ready()
+        if sandbox.record.kind is Kind.HOST:  # its cgroup is the limit, and the kubelet's to change
+            return
         have = sandbox.record.size.memory_mib - self.config.vm.guest_base_mib
         if (mib := -(-wanted.memory_limit // MIB)) > have:
             raise FailedPrecondition(
@@ -106,15 +113,10 @@ class SandboxManager:
 
     async def run(self, config: SandboxConfig, handler: str) -> str:
         """Make a sandbox and return its id. A retry with the identical configuration joins the first."""
-        if handler not in HANDLERS:
-            raise InvalidArgument(
-                f"no runtime handler {handler!r}; there are {', '.join(map(repr, HANDLERS))}"
-            )
-        for kind in ("network", "pid", "ipc"):
-            if getattr(config.namespaces, kind) is NamespaceMode.NODE:
-                raise InvalidArgument(
-                    f"namespace option {kind}=NODE needs a host pod; a VM has its own {kind}"
-                )
+        kind = place.choose(handler, config.namespaces)
+        if kind is Kind.HOST:
+            place.permit(config, self.config.host_pods)
+            place.check_sysctls(config.sysctls, config.namespaces)
         key = config.metadata.key
         if (known := self._names.get(key)) is not None and (other := self.index.find(known)) is not None:
             if other.record.config != config or other.record.runtime_handler != handler:
@@ -125,37 +127,17 @@ class SandboxManager:
                 raise AlreadyExists(
                     f"the name {key} is taken by sandbox {known}, which is stopped; remove it first"
                 )
-        return await self._operations.run(f"run/{key}", lambda: self._run(config, handler))
+        return await self._operations.run(f"run/{key}", lambda: self._run(config, handler, kind))
 
-    async def _run(self, config: SandboxConfig, handler: str) -> str:
-        size = self._size(config)
+    async def _run(self, config: SandboxConfig, handler: str, kind: Kind) -> str:
         ports.need_unclaimed(podnet.host_ports(config), self._host_ports())
-        kernel, guest = artifacts.kernel(self.config.vm.kernel), artifacts.guest(self.config.vm.guest)
-        slot, ident = self.slots.take(), secrets.token_hex(32)
-        record = SandboxRecord(
-            id=ident,
-            config=config,
-            runtime_handler=handler,
-            created_at=now_ns(),
-            host_boot_id=self.boot_id,
-            slot=slot,
-            uid=self.config.vm.uid_base + 1 + slot,
-            gid=self.config.vm.uid_base,
-            cid=FIRST_CID + slot,
-            token=secrets.token_bytes(32),
-            domain=f"hp-{ident[:12]}",
-            domain_uuid=str(uuid.UUID(hex=ident[:32], version=4)),
-            kernel=kernel,
-            guest=guest,
-            size=size,
-            virtiofs=self.config.vm.virtiofs,
-            vsock="kernel" if self.builder.hypervisor.facts().vhost_vsock else "vhost-user",
-        )
+        record = self._record(config, handler, kind)
+        ident = record.id
         sandbox = self.adopt(record, SandboxStatus())
         try:
             await self.store.create(ident, record, sandbox.status)
             failpoints.passing("sandbox.recorded")
-            built = await self.builder.build(sandbox)
+            built = await self.builder(sandbox).build(sandbox)
         except (HyperpodError, OSError) as exc:
             log.error("sandbox %s (%s) failed: %s", sandbox.short, config.metadata.key, exc)
             await self._roll_back(sandbox, str(exc))
@@ -183,11 +165,50 @@ class SandboxManager:
         )
         return ident
 
+    def _record(self, config: SandboxConfig, handler: str, kind: Kind) -> SandboxRecord:
+        """Raises FailedPrecondition, InvalidArgument, ResourceExhausted."""
+        ident, settings = secrets.token_hex(32), self.config.vm
+        own: dict[str, Any]
+        if kind is Kind.VM:
+            own = {
+                "size": self._size(config),
+                "kernel": artifacts.kernel(settings.kernel),
+                "guest": artifacts.guest(settings.guest),
+                "domain": f"hp-{ident[:12]}",
+                "domain_uuid": str(uuid.UUID(hex=ident[:32], version=4)),
+                "virtiofs": settings.virtiofs,
+                "vsock": "kernel" if self.vms.hypervisor.facts().vhost_vsock else "vhost-user",
+            }
+        else:
+            own = {
+                "size": artifacts.host_size(),
+                "kernel": artifacts.host_kernel(),
+                "guest": Artifact(version=__version__, path=""),
+                "domain": "",
+                "domain_uuid": "",
+                "vsock": "none",
+            }
+        slot = self.slots.take()
+        return SandboxRecord(
+            id=ident,
+            config=config,
+            runtime_handler=handler,
+            kind=kind,
+            created_at=now_ns(),
+            host_boot_id=self.boot_id,
+            slot=slot,
+            uid=settings.uid_base + 1 + slot,
+            gid=settings.uid_base,
+            cid=FIRST_CID + slot,
+            token=secrets.token_bytes(32),
+            **own,
+        )
+
     async def _roll_back(self, sandbox: LiveSandbox, why: str) -> None:
         """Undo a failed start. What cannot be undone keeps its record, as a sandbox that wants to be removed."""
         try:
-            await self.builder.tear_down(sandbox)
-            await self.builder.networks.detach(sandbox.id)
+            await self.builder(sandbox).tear_down(sandbox)
+            await self.networks.detach(sandbox.id)
         except (HyperpodError, OSError) as exc:
             log.error("sandbox %s could not be undone: %s", sandbox.short, exc)
             await self._set(sandbox, SandboxPhase.STOPPING, message=why)
@@ -214,13 +235,15 @@ class SandboxManager:
             default_vcpus=vm.default_vcpus,
             max_vcpus=vm.max_vcpus,
             max_memory_mib=vm.max_memory_mib,
-            host_memory_mib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MIB,
-            host_cpus=os.cpu_count() or 1,
+            host_memory_mib=artifacts.host_size().memory_mib,
+            host_cpus=artifacts.host_size().vcpus,
         )
 
     def adopt(self, record: SandboxRecord, status: SandboxStatus) -> LiveSandbox:
         """Put a new or loaded sandbox into memory."""
-        disks = LayerDisks(self.builder.hypervisor, record.domain, self.store.folder(record.id))
+        disks = Layers()
+        if record.kind is Kind.VM:
+            disks = LayerDisks(self.vms.hypervisor, record.domain, self.store.folder(record.id))
         sandbox = LiveSandbox(record, status, self.config.run_dir, disks)
         self.slots.claim(record.slot)
         self.index.add(record.id, sandbox)
@@ -241,7 +264,7 @@ class SandboxManager:
             self.owner.spawn(f"events/{sandbox.short}", sandbox.session.follow(on_exit, on_connected)),
             self.owner.spawn(f"shim/{sandbox.short}", self._keep_shim(sandbox)),
             self.owner.spawn(f"domain/{sandbox.short}", self._await_death(sandbox)),
-            self.owner.spawn(f"share/{sandbox.short}", self._await_share(sandbox)),
+            self.owner.spawn(f"helper/{sandbox.short}", self._await_helper(sandbox)),
         ]
 
     async def _keep_shim(self, sandbox: LiveSandbox) -> None:
@@ -253,7 +276,7 @@ class SandboxManager:
                 sandbox.shim = None
                 log.warning("sandbox %s: its shim died; replacing it", sandbox.short)
             try:
-                await self.builder.start_shim(sandbox, resume=True)
+                await self.builder(sandbox).start_shim(sandbox, resume=True)
                 await self.listener.connected(sandbox)
             except HyperpodError as exc:
                 log.error("sandbox %s: no new shim: %s", sandbox.short, exc)
@@ -261,17 +284,17 @@ class SandboxManager:
 
     async def _await_death(self, sandbox: LiveSandbox) -> None:
         await sandbox.gone.wait()
-        if await self.builder.cgroups.oom_kills(self.builder.cgroup(sandbox)):
+        if await self.cgroups.oom_kills(self.builder(sandbox).cgroup(sandbox)):
             sandbox.host_oom = True
             sandbox.gone_detail += "; the host killed it for want of memory: its pod's cgroup is too small"
-        log.warning("sandbox %s: its VM is gone: %s", sandbox.short, sandbox.gone_detail)
+        log.warning(
+            "sandbox %s: its %s is gone: %s", sandbox.short, sandbox.record.kind.words, sandbox.gone_detail
+        )
         self.owner.spawn(f"stop-dead/{sandbox.short}", self.stop(sandbox.id))
 
-    async def _await_share(self, sandbox: LiveSandbox) -> None:
-        """Whatever a container does on its mounts hangs without their server: such a pod is of no use."""
-        if sandbox.record.virtiofs != "off":
-            sandbox.gone_detail = await self.builder.shares.death(sandbox)
-            sandbox.gone.set()
+    async def _await_helper(self, sandbox: LiveSandbox) -> None:
+        sandbox.gone_detail = await self.builder(sandbox).death(sandbox)
+        sandbox.gone.set()
 
     def _on_domain_event(self, event: DomainEvent) -> None:
         sandbox = self.index.find(event.sandbox_id) if event.sandbox_id else None
@@ -300,9 +323,9 @@ class SandboxManager:
         if was_ready and not sandbox.gone.is_set():
             await self.listener.sandbox_stopping(sandbox)
         await self._end_tasks(sandbox)
-        await self.builder.tear_down(sandbox)
+        await self.builder(sandbox).tear_down(sandbox)
         await self.listener.sandbox_stopped(sandbox, sandbox.gone_detail)
-        await self.builder.networks.detach(sandbox.id)
+        await self.networks.detach(sandbox.id)
         await self._set(
             sandbox,
             SandboxPhase.STOPPED,
@@ -364,19 +387,20 @@ class SandboxManager:
 
     async def _reconnect(self, sandbox: LiveSandbox) -> None:
         try:
-            await self.builder.connect_shim(sandbox)
+            await self.builder(sandbox).connect_shim(sandbox)
         except HyperpodError:
-            await self.builder.start_shim(sandbox, resume=True)
+            await self.builder(sandbox).start_shim(sandbox, resume=True)
         await sandbox.session.connect(asyncio.get_running_loop().time() + 5.0, claim=False)
         await self.listener.connected(sandbox)
         self._watch(sandbox)
-        self.owner.spawn(f"network-check/{sandbox.short}", self._check_network(sandbox))
+        if sandbox.status.network is not None:
+            self.owner.spawn(f"network-check/{sandbox.short}", self._check_network(sandbox))
 
     async def _check_network(self, sandbox: LiveSandbox) -> None:
         """After a restart, for the log only: plugins' CHECKs have faults of their own (Debian's bandwidth panics
         without a limit, its portmap errs with two address families)."""
         try:
-            await self.builder.networks.check(sandbox.id)
+            await self.networks.check(sandbox.id)
         except NetworkError as exc:
             log.info("sandbox %s: its network may not be as it was made: %s", sandbox.short, exc)
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from hyperpod import failpoints
 from hyperpod.config import NetworkConfig
 from hyperpod.errors import NetworkError
-from hyperpod.model.network import Attachment, CniResult, PodNetwork
+from hyperpod.model.network import Attachment, CniResult, GuestInterface, PodNetwork
 from hyperpod.model.sandbox import SandboxRecord
 from hyperpod.network import links, ports, tap
 from hyperpod.network.cni import Cni
@@ -41,8 +41,12 @@ class PodNetworks:
         self.namespaces = Namespaces(run_dir)
         self._config, self._folder = config, folder
 
-    async def attach(self, record: SandboxRecord) -> PodNetwork:
-        """Make the namespace and let the plugins fill it. A failure leaves things: call `detach` then."""
+    async def attach(
+        self, record: SandboxRecord, *, vm: bool = True, netns: Path | None = None
+    ) -> PodNetwork:
+        """Make the namespace and let the plugins fill it. A failure leaves things: call `detach` then.
+
+        `vm`: the interfaces are found out, for a guest to get the same. `netns`: made already."""
         network = self.cni.conf.current()
         ports.need_free(podnet.host_ports(record.config))
         runtime = podnet.runtime(record.config)
@@ -52,7 +56,7 @@ class PodNetworks:
                     "sandbox %s asks for %s, which no plugin of %s has",
                     record.id[:12], capability, network.source,
                 )  # fmt: skip
-        netns = await self.namespaces.make(record.id)
+        netns = netns or await self.namespaces.make(record.id)
         failpoints.passing("sandbox.netns")
         attachment = Attachment(
             source=network.source,
@@ -69,7 +73,9 @@ class PodNetworks:
         addresses = _addresses(result, attachment.ifname)
         if not addresses:
             raise NetworkError(f"the plugins of {network.source} gave {attachment.ifname} no address")
-        interfaces = await self.namespaces.run(netns, lambda: links.read_interfaces(record.id))
+        interfaces: tuple[GuestInterface, ...] = ()
+        if vm:
+            interfaces = await self.namespaces.run(netns, lambda: links.read_interfaces(record.id))
         failpoints.passing("sandbox.network")
         return PodNetwork(name=network.name, addresses=addresses, interfaces=interfaces)
 

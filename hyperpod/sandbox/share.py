@@ -8,27 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
-from hyperpod.errors import DeadlineExceeded, FailedPrecondition, HyperpodError
+from hyperpod.errors import FailedPrecondition, HyperpodError
 from hyperpod.hypervisor.base import Hypervisor
 from hyperpod.sandbox.live import LiveSandbox
+from hyperpod.sandbox.threads import MountThreads, mounting, process_end
 from hyperpod.share import binds
 from hyperpod.share.virtiofsd import PACKAGE, FileServer, Program, program
 from hyperpod.spec.mounts import HostBind
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-MOUNT_TIMEOUT = 20.0
-"""Seconds for the sources of one container: one on a file system whose server is away would hang for ever."""
-
-AT_ONCE = 16
-"""Mounting threads; one that hangs keeps its place until it is over."""
 
 VM_FIRST = 2.0
 """Seconds that the end of a file server waits for the end of its VM to be told, which would explain it."""
@@ -40,7 +32,7 @@ class Shares:
     def __init__(self, hypervisor: Hypervisor) -> None:
         self._hypervisor = hypervisor
         self._program: Program | None = None
-        self._places = asyncio.Semaphore(AT_ONCE)
+        self._threads = MountThreads()
 
     # -- the VM's life ------------------------------------------------------------------------------------
 
@@ -59,7 +51,7 @@ class Shares:
     async def seal(self, sandbox: LiveSandbox) -> None:
         """Once QEMU has connected, before anything of a tenant runs."""
         namespace = await asyncio.to_thread(sandbox.files.namespace)
-        await self._apart(lambda: binds.seal(namespace), "sealing the share", threading.Event())
+        await self._threads.run(lambda: binds.seal(namespace), "sealing the share", threading.Event())
 
     async def end(self, sandbox: LiveSandbox) -> None:
         """Safe to repeat. All mounts go with it."""
@@ -78,7 +70,7 @@ class Shares:
             await sandbox.files_started.wait()
         sandbox.files.listen()
         if pid := sandbox.files.pid():
-            await _process_end(pid)
+            await process_end(pid)
             sandbox.files.reap()
         try:
             async with asyncio.timeout(VM_FIRST):
@@ -101,9 +93,9 @@ class Shares:
             await self._ensure(sandbox, cgroups)
         namespace = await asyncio.to_thread(sandbox.files.namespace)
         cancelled = threading.Event()
-        return await self._apart(
-            lambda: binds.bind(namespace, sandbox.files.share, wanted, cancelled),
-            f"mounting {', '.join(sorted({one.source for one in wanted}))[:500]}",
+        return await self._threads.run(
+            lambda: binds.bind(binds.Target(namespace, sandbox.files.share), wanted, cancelled),
+            mounting(wanted),
             cancelled,
         )
 
@@ -126,51 +118,3 @@ class Shares:
                 await self.start(sandbox, await cgroups())
             await self._hypervisor.attach_share(sandbox.record.domain, str(sandbox.files.socket))
             await self.seal(sandbox)
-
-    async def _apart(self, work: Callable[[], T], what: str, cancelled: threading.Event) -> T:
-        """In a thread of its own, which may change its mount namespace, with a deadline that does not end it."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[T] = loop.create_future()
-
-        def tell(result: T | None, failure: BaseException | None) -> None:
-            self._places.release()
-            if done.cancelled():
-                return
-            if failure is not None:
-                done.set_exception(failure)
-            else:
-                done.set_result(result)  # type: ignore[arg-type]  # a T when nothing failed
-
-        def run() -> None:
-            result, failure = None, None
-            try:
-                result = work()
-            except HyperpodError as exc:
-                failure = exc
-            except OSError as exc:
-                failure = HyperpodError(f"{what}: {exc.strerror}")
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(tell, result, failure)
-
-        try:
-            async with asyncio.timeout(MOUNT_TIMEOUT):
-                await self._places.acquire()
-                threading.Thread(target=run, name="mounting", daemon=True).start()
-                return await done
-        except TimeoutError as exc:
-            cancelled.set()
-            raise DeadlineExceeded(f"{what} took longer than {MOUNT_TIMEOUT:.0f} s") from exc
-
-
-async def _process_end(pid: int) -> None:
-    loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    try:
-        handle = os.pidfd_open(pid)
-    except OSError:
-        return
-    loop.add_reader(handle, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(handle)
-        os.close(handle)

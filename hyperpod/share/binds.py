@@ -1,4 +1,4 @@
-"""Folders and files of the host as mounts in a virtiofsd's mount namespace.
+"""Folders and files of the host as mounts in another mount namespace: a virtiofsd's, or a host pod's agent's.
 
 A source is opened once, following symbolic links as containerd does; type, flags and the mount itself are those of
 that open file, so nothing can be swapped in between. Flags are set while the copy is still detached: a guest never
@@ -43,6 +43,17 @@ _KINDS = (
 )
 
 
+@dataclass(frozen=True)
+class Target:
+    """`namespace`: of the mounts, a path in /proc. `share`: the folder with the mount points, as the host sees it;
+    `inside`: as the namespace does. `guest`: what reads them has another kernel."""
+
+    namespace: str
+    share: Path
+    inside: str = ""
+    guest: bool = True
+
+
 @dataclass
 class _Source:
     """An opened source: `tree` is the detached copy of it."""
@@ -53,26 +64,25 @@ class _Source:
     submounts: list[str]
 
 
-def bind(namespace: str, share: Path, binds: Sequence[HostBind], cancelled: Event) -> list[str]:
+def bind(target: Target, binds: Sequence[HostBind], cancelled: Event) -> list[str]:
     """Put `binds` into the share; gives the paths in the share of mounts below read-only ones that stay writable.
 
-    `namespace`: of virtiofsd's mounts, a path in /proc. When it raises, `release` takes away what was made.
-    Raises NotFound for a missing source, Unsupported for one that cannot cross, FailedPrecondition,
-    Unavailable when virtiofsd is gone.
+    When it raises, `release` takes away what was made. Raises NotFound for a missing source, Unsupported for one
+    that cannot cross, FailedPrecondition, Unavailable when the namespace is gone.
     """
     sources: list[_Source] = []
     try:
         table = parse(Path("/proc/thread-self/mountinfo").read_bytes())
         for one in binds:
-            sources.append(_open(one, table))
+            sources.append(_open(one, table, guest=target.guest))
         if cancelled.is_set():
             return []
         for source in sources:
-            _mount_point(share / source.bind.place, folder=source.folder)
-        _enter(namespace)
+            _mount_point(target.share / source.bind.place, folder=source.folder)
+        _enter(target.namespace)
         for source in sources:
             above, _, name = source.bind.place.rpartition("/")
-            _attach(source.tree, f"/{above}", name)
+            _attach(source.tree, f"{target.inside}/{above}", name)
     finally:
         for source in sources:
             os.close(source.tree)
@@ -103,12 +113,12 @@ def release(share: Path, short: str) -> None:
         folder.rmdir()
 
 
-def _open(one: HostBind, table: dict[int, MountPoint]) -> _Source:
+def _open(one: HostBind, table: dict[int, MountPoint], *, guest: bool) -> _Source:
     source, folder = -1, False
     try:
         source = os.open(one.source, os.O_PATH | os.O_CLOEXEC)
         mode = os.fstat(source).st_mode
-        for is_kind, why in _KINDS:
+        for is_kind, why in _KINDS if guest else ():
             if is_kind(mode):
                 raise Unsupported(f"mount source {one.source!r} for {one.destination!r} is {why}")
         folder = stat.S_ISDIR(mode)
@@ -119,10 +129,16 @@ def _open(one: HostBind, table: dict[int, MountPoint]) -> _Source:
                 f"mount source {one.source!r} for {one.destination!r}: propagation HOST_TO_CONTAINER needs a "
                 f"shared or slave mount, and {where} is private; `mount --make-rshared` it"
             )
+        if one.both_ways and (mount is None or not mount.shared):
+            where = f"mount {mount.path!r}" if mount else "its mount"
+            raise FailedPrecondition(
+                f"mount source {one.source!r} for {one.destination!r}: propagation BIDIRECTIONAL needs a shared "
+                f"mount, and {where} is not; `mount --make-rshared` it"
+            )
         submounts = []
         if one.readonly and not one.recursive and folder:
             submounts = _submounts(str(Path(f"/proc/thread-self/fd/{source}").readlink()), table, one.place)
-        return _Source(one, _detached(source, one), folder, submounts)
+        return _Source(one, _detached(source, one, guest=guest), folder, submounts)
     except FileNotFoundError as exc:
         raise NotFound(
             f"mount source {one.source!r} for {one.destination!r} does not exist; make it and try again"
@@ -139,17 +155,14 @@ def _open(one: HostBind, table: dict[int, MountPoint]) -> _Source:
             os.close(source)
 
 
-def _detached(source: int, one: HostBind) -> int:
+def _detached(source: int, one: HostBind, *, guest: bool) -> int:
     tree = linux.clone_tree(source)
     try:
-        propagation = linux.MS_SLAVE if one.follow else linux.MS_PRIVATE
-        linux.set_attributes(
-            tree,
-            b"",
-            attributes=linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV,
-            propagation=propagation,
-            recursive=True,
-        )
+        # On the host's own kernel a volume keeps the flags of its mount, as with every runtime.
+        attributes = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV if guest else 0
+        if not one.both_ways:  # it stays a peer of its source
+            propagation = linux.MS_SLAVE if one.follow else linux.MS_PRIVATE
+            linux.set_attributes(tree, b"", attributes=attributes, propagation=propagation, recursive=True)
         if one.readonly:
             linux.set_attributes(tree, b"", attributes=linux.MOUNT_ATTR_RDONLY, recursive=one.recursive)
     except OSError:
@@ -192,7 +205,7 @@ def _enter(namespace: str) -> None:
         finally:
             os.close(fd)
     except OSError as exc:
-        raise Unavailable(f"the mounts of the pod's virtiofsd cannot be reached: {exc.strerror}") from exc
+        raise Unavailable(f"the pod's mounts cannot be reached: {exc.strerror}") from exc
 
 
 def _attach(tree: int, folder: str, name: str) -> None:

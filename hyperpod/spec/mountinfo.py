@@ -11,12 +11,13 @@ _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 @dataclass(frozen=True)
 class MountPoint:
-    """`receives`: mounts made elsewhere in its peer group, or by its master, appear here."""
+    """`receives`: mounts made elsewhere in its peer group, or by its master, appear here; `shared`: and back."""
 
     id: int
     path: str
     readonly: bool
     receives: bool
+    shared: bool = False
 
 
 def parse(table: bytes) -> dict[int, MountPoint]:
@@ -31,6 +32,7 @@ def parse(table: bytes) -> dict[int, MountPoint]:
             id=int(fields[0]),
             path=os.fsdecode(_ESCAPE.sub(lambda m: bytes([int(m[1], 8)]), fields[4])),
             readonly=b"ro" in fields[5].split(b","),
+            shared=any(tag.startswith(b"shared:") for tag in optional),
             receives=any(tag.startswith((b"shared:", b"master:")) for tag in optional),
         )
     return found

@@ -25,8 +25,14 @@ TAG = "hyperpod"
 GUEST_SHARE = "/run/hyperpod/share"
 """Where the agent mounts the share."""
 
-VIA_SHARE = "virtio-fs bind"
+VIA_SHARE, VIA_BIND = "virtio-fs bind", "bind"
 """How a mount gets there, in the verbose status; others may be added beside it."""
+
+_LATER = {
+    Propagation.PRIVATE: "private",
+    Propagation.HOST_TO_CONTAINER: "later host mounts appear",
+    Propagation.BIDIRECTIONAL: "later mounts appear on both sides",
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,8 @@ class HostBind:
     readonly: bool
     recursive: bool
     follow: bool
+    both_ways: bool = False
+    """And those made below it in the container appear on the host: never in a VM."""
 
 
 def clean(path: str) -> str:
@@ -94,30 +102,45 @@ def host_binds(mounts: Sequence[Mount], container_id: str) -> list[HostBind]:
             readonly=mount.readonly,
             recursive=mount.recursive_read_only,
             follow=mount.propagation is Propagation.HOST_TO_CONTAINER,
+            both_ways=mount.propagation is Propagation.BIDIRECTIONAL,
         )
         for number, mount in enumerate(mounts)
         if mount.image is None
     ]
 
 
-def oci_mounts(mounts: Sequence[Mount], container_id: str) -> list[dict[str, Any]]:
-    """OCI mounts for crun in the guest, those with fewer parts in their destination first."""
+_OPTIONS = {
+    Propagation.PRIVATE: "rprivate",
+    Propagation.HOST_TO_CONTAINER: "rslave",
+    Propagation.BIDIRECTIONAL: "rshared",
+}
+
+
+def oci_mounts(mounts: Sequence[Mount], container_id: str, share: str = GUEST_SHARE) -> list[dict[str, Any]]:
+    """OCI mounts for crun, those with fewer parts in their destination first. `share`: where its agent has them."""
     built = []
     for number, mount in enumerate(mounts):
         if mount.image is not None:
             built.append(imagevolumes.oci_mount(clean(mount.container_path)))
             continue
-        follows = mount.propagation is Propagation.HOST_TO_CONTAINER
-        options = ["rbind", "rslave" if follows else "rprivate", "ro" if mount.readonly else "rw"]
+        options = ["rbind", _OPTIONS[mount.propagation], "ro" if mount.readonly else "rw"]
         built.append(
             {
                 "destination": clean(mount.container_path),
                 "type": "bind",
-                "source": f"{GUEST_SHARE}/{place(container_id, number)}",
+                "source": f"{share}/{place(container_id, number)}",
                 "options": options,
             }
         )
     return sorted(built, key=lambda mount: str(mount["destination"]).count("/"))
+
+
+def root_propagation(mounts: Sequence[Mount]) -> str:
+    """Of the container's root on a host: what any of its mounts needs; empty: none needs any."""
+    found = {mount.propagation for mount in mounts}
+    if Propagation.BIDIRECTIONAL in found:
+        return "rshared"
+    return "rslave" if Propagation.HOST_TO_CONTAINER in found else ""
 
 
 def merged(defaults: Sequence[dict[str, Any]], wanted: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -134,19 +157,21 @@ def merged(defaults: Sequence[dict[str, Any]], wanted: Sequence[dict[str, Any]])
     return [*kept, *wanted]
 
 
-def explained(mounts: Sequence[Mount], images: Mapping[int, str]) -> dict[str, str]:
+def explained(mounts: Sequence[Mount], images: Mapping[int, str], *, via: str = VIA_SHARE) -> dict[str, str]:
     """Destination to how it gets there, for the verbose status: one rule per mount.
 
     `images`: id of the image of mount number n."""
     return {
-        clean(m.container_path): _how(m) if m.image is None else imagevolumes.explained(m, images[number])
+        clean(m.container_path): _how(m, via)
+        if m.image is None
+        else imagevolumes.explained(m, images[number])
         for number, m in enumerate(mounts)
     }
 
 
-def _how(mount: Mount) -> str:
+def _how(mount: Mount, via: str) -> str:
     access = "read-write"
     if mount.readonly:
         access = "read-only, enforced by the host" + (", recursively" if mount.recursive_read_only else "")
-    later = "later host mounts appear" if mount.propagation is Propagation.HOST_TO_CONTAINER else "private"
-    return f"{VIA_SHARE} of {mount.host_path}: {access}, {later}"
+    later = _LATER[mount.propagation]
+    return f"{via} of {mount.host_path}: {access}, {later}"

@@ -84,6 +84,8 @@ class ContainerSpecInput:
     resources: LinuxResources = field(default_factory=LinuxResources)
     mounts: tuple[dict[str, Any], ...] = ()
     """OCI mounts beside the default ones, which they win over."""
+    root_propagation: str = ""
+    """Of mounts at the container's root: rslave, rshared; empty: private."""
     annotations: tuple[tuple[str, str], ...] = ()
     seccomp: dict[str, Any] | None = None
     """An OCI seccomp object; None: no filter."""
@@ -106,6 +108,8 @@ def build_spec(spec: ContainerSpecInput) -> bytes:
     }
     if spec.seccomp is not None:
         document["linux"]["seccomp"] = spec.seccomp
+    if spec.root_propagation:
+        document["linux"]["rootfsPropagation"] = spec.root_propagation
     if spec.annotations:
         document["annotations"] = dict(spec.annotations)
     return _encode(document)

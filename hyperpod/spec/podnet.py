@@ -9,6 +9,7 @@ from typing import Any
 
 from hyperpod.errors import InvalidArgument
 from hyperpod.model.sandbox import PortMapping, SandboxConfig
+from hyperpod.model.security import NamespaceMode
 
 INGRESS, EGRESS = "kubernetes.io/ingress-bandwidth", "kubernetes.io/egress-bandwidth"
 MIN_RATE, MAX_RATE = 1000, 10**15
@@ -56,7 +57,9 @@ def bandwidth(annotations: dict[str, str]) -> dict[str, int]:
 
 
 def host_ports(config: SandboxConfig) -> tuple[PortMapping, ...]:
-    """Those that open a port of the host; a host_port of 0 opens none."""
+    """Those that open a port of the host; a host_port of 0 opens none, nor does a pod in the host's network."""
+    if config.namespaces.network is NamespaceMode.NODE:
+        return ()
     return tuple(port for port in config.port_mappings if port.host_port)
 
 

@@ -63,6 +63,35 @@ class SupervisorClient:
         fields = await self._caller.call("spawn_shim", args, timeout=SPAWN)
         return ShimProcess(sandbox_id, int(fields["pid"]), int(fields["start_time"]))
 
+    async def spawn_agent(
+        self,
+        *,
+        directory: str,
+        scratch: str,
+        cgroup_path: str,
+        netns: str,
+        uts: bool,
+        ipc: bool,
+        pid: bool,
+        stdio_uid: int,
+        cgroup: Sequence[str],
+    ) -> tuple[int, int]:
+        """Fork a host agent (HostOptions has what the arguments mean) into the folders `cgroup`; gives its pid and
+        start time. It listens soon after. Raises Unavailable when it cannot be forked."""
+        args = {
+            "directory": directory,
+            "scratch": scratch,
+            "cgroup_path": cgroup_path,
+            "netns": netns,
+            "uts": uts,
+            "ipc": ipc,
+            "pid": pid,
+            "stdio_uid": stdio_uid,
+            "cgroup": list(cgroup),
+        }
+        fields = await self._caller.call("spawn_agent", args, timeout=SPAWN)
+        return int(fields["pid"]), int(fields["start_time"])
+
     async def drop(self, sandbox_id: str) -> None:
         """End the sandbox's shim and forget what it stored; unknown ones are fine. Returns when it is gone."""
         await self._caller.call("drop", {"sandbox_id": sandbox_id}, timeout=CALL)

@@ -8,8 +8,9 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
+from hyperpod.title import set_title
+
 _PR_SET_PDEATHSIG = 1
-_PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _MAX_FD = 1 << 20
@@ -64,24 +65,27 @@ def close_all_but(keep: Iterable[int]) -> None:
     os.closerange(low, _MAX_FD)
 
 
+def become_background(title: str, cgroups: Iterable[str]) -> None:
+    """A session of its own, no input, a title (its first word is the name), the cgroups. Raises OSError."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    if null > 2:
+        os.close(null)
+    os.chdir("/")
+    set_title(title.split(maxsplit=1)[0], title)
+    for folder in cgroups:
+        (Path(folder) / "cgroup.procs").write_text("0")
+
+
 def start_time(pid: int) -> int:
     """Clock ticks from boot to the process's start: with the pid, its identity. Raises OSError."""
     return int(_stat_fields(str(pid))[19])
 
 
-def set_title(name: str, title: str) -> None:
-    """What ps and /proc show: `name` (15 bytes) for the thread, `title` as the command line.
-
-    The title is written over the arguments and, if it needs, the environment after them (proc(5), cmdline).
-    """
-    short = ctypes.create_string_buffer(name.encode()[:15])
-    _prctl(_PR_SET_NAME, ctypes.addressof(short))
-    fields = _stat_fields("self")
-    arg_start, arg_end, env_end = int(fields[45]), int(fields[46]), int(fields[48])
-    if not arg_start < arg_end <= env_end:
-        return
-    text = os.fsencode(title)[: env_end - arg_start - 1] + b"\0"
-    ctypes.memmove(arg_start, text.ljust(arg_end - arg_start, b"\0"), max(len(text), arg_end - arg_start))
+def is_dead(pid: int) -> bool:
+    """Ended, and nobody has asked how. Raises OSError when nothing is left of it."""
+    return _stat_fields(str(pid))[0] in (b"Z", b"X")
 
 
 def _stat_fields(process: str) -> list[bytes]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from hyperpod import logs
 from hyperpod.daemon_args import arguments, config_of
 from hyperpod.errors import FailedPrecondition
-from hyperpod.supervisor import linux
+from hyperpod.supervisor import agents, linux
 from hyperpod.supervisor.daemon import DaemonChild
 from hyperpod.supervisor.loop import Loop
 from hyperpod.supervisor.server import Server
@@ -65,7 +65,8 @@ def supervise(run_dir: Path, command: list[str], log_level: str = "info") -> int
 
     loop.on_signals([signal.SIGCHLD], reap)
     loop.on_signals([signal.SIGTERM, signal.SIGINT], daemon.stop)
-    # Everything that is loaded now is shared with the shims: keep the collector from touching it.
+    agents.preload()
+    # Everything that is loaded now is shared with the shims and host agents: keep the collector from touching it.
     gc.collect()
     gc.freeze()
     daemon.start()

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hyperpod.errors import HyperpodError, PermissionDenied, ProtocolError, Unsupported
+from hyperpod.agent.hostplace import HostOptions
+from hyperpod.errors import HyperpodError, PermissionDenied, ProtocolError, Unavailable, Unsupported
 from hyperpod.shim import packets
 from hyperpod.shim.packets import Peer
+from hyperpod.supervisor.agents import AgentSpec, fork_agent
 from hyperpod.supervisor.loop import Loop
 from hyperpod.supervisor.shims import Shims, ShimSpec
 from hyperpod.wire.control import MAX_MESSAGE, Request, decode_request, encode_error, encode_reply
@@ -51,11 +53,12 @@ class Server:
     def __init__(self, loop: Loop, run_dir: Path, log_level: str) -> None:
         """Raises OSError."""
         self.path = run_dir / "supervisor.sock"
-        self._loop, self._run_dir = loop, run_dir
+        self._loop, self._run_dir, self._log_level = loop, run_dir, log_level
         self.shims = Shims(loop, str(self.path), log_level, self.release)
         self._connections: set[Connection] = set()
         self._operations: dict[str, Callable[[Connection, Request, list[int]], None]] = {
             "spawn_shim": self._spawn_shim,
+            "spawn_agent": self._spawn_agent,
             "drop": self._drop,
             "list": self._list,
             "register": self._register,
@@ -144,6 +147,25 @@ class Server:
             connection.reply(request, {"pid": shim.pid, "start_time": shim.start_time})
 
         self.shims.spawn(spec, resume=request.flag("resume"), done=done)
+
+    def _spawn_agent(self, connection: Connection, request: Request, fds: list[int]) -> None:
+        _need_root(connection.peer)
+        options = HostOptions(
+            directory=request.text("directory"),
+            scratch=request.text("scratch"),
+            cgroup=request.text("cgroup_path"),
+            netns=request.text("netns"),
+            uts=request.flag("uts"),
+            ipc=request.flag("ipc"),
+            pid=request.flag("pid"),
+            stdio_uid=request.number("stdio_uid", 0, _MAX_UID),
+        )
+        spec = AgentSpec(options, tuple(request.texts("cgroup")))
+        try:
+            pid, start_time = fork_agent(spec, self._log_level, self.release)
+        except OSError as exc:
+            raise Unavailable(f"no agent could be forked: {exc.strerror}") from exc
+        connection.reply(request, {"pid": pid, "start_time": start_time})
 
     def _drop(self, connection: Connection, request: Request, fds: list[int]) -> None:
         _need_root(connection.peer)

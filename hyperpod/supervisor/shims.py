@@ -10,7 +10,6 @@ import signal
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from hyperpod.errors import HyperpodError, ResourceExhausted, Unavailable
 from hyperpod.shim.main import serve
@@ -180,16 +179,8 @@ class Shims:
 
 def _enter(spec: ShimSpec) -> None:
     """Become the sandbox's: session, cgroups, user. Raises OSError."""
-    os.setsid()
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    if null > 2:
-        os.close(null)
-    os.chdir("/")
     os.umask(0o077)
-    linux.set_title("hyperpod-shim", f"hyperpod-shim {spec.directory}")
-    for folder in spec.cgroups:
-        (Path(folder) / "cgroup.procs").write_text("0")
+    linux.become_background(f"hyperpod-shim {spec.directory}", spec.cgroups)
     linux.drop_to(spec.uid, spec.gid)
     linux.forbid_new_privileges()
 

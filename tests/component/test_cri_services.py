@@ -147,7 +147,7 @@ async def test_who_we_are(client: Client) -> None:
     [network] = [c for c in reply.status.conditions if c.type == "NetworkReady"]
     assert network.reason == "NetworkPluginNotReady"
     assert "no CNI network" in network.message and "/net.d" in network.message
-    assert [handler.name for handler in reply.runtime_handlers] == ["", "vm"]
+    assert [handler.name for handler in reply.runtime_handlers] == ["", "vm", "host"]
     driver = (await client.runtime.runtime_config(cri.RuntimeConfigRequest())).linux
     assert driver is not None and driver.cgroup_driver == cri.CgroupDriver.SYSTEMD
     await client.runtime.update_runtime_config(cri.UpdateRuntimeConfigRequest())

@@ -88,7 +88,7 @@ def one(source: Path, number: int = 0, **flags: bool) -> HostBind:
 
 
 def put(namespace: str, server: FileServer, wanted: Sequence[HostBind]) -> list[str]:
-    found: list[str] = apart(binds.bind, namespace, server.share, wanted, threading.Event())
+    found: list[str] = apart(binds.bind, binds.Target(namespace, server.share), wanted, threading.Event())
     return found
 
 
@@ -187,7 +187,7 @@ def test_a_late_thread_mounts_nothing_for_a_caller_that_left(server: FileServer,
     cancelled = threading.Event()
     cancelled.set()
     with connected(server) as namespace:
-        assert apart(binds.bind, namespace, server.share, [one(source)], cancelled) == []
+        assert apart(binds.bind, binds.Target(namespace, server.share), [one(source)], cancelled) == []
         assert sorted(table(namespace)) == ["/"]
 
 

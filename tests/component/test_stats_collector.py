@@ -48,7 +48,7 @@ async def collecting(folder: Path, script: Script) -> AsyncIterator[tuple[StatsC
         sandbox, _, _ = _made()
         sandbox.session = AgentSession(agent.sandbox, agent.endpoint, agent.token)
         await sandbox.session.connect(asyncio.get_running_loop().time() + 20, claim=False)
-        yield StatsCollector(owner, lambda _: scratch), sandbox
+        yield StatsCollector(owner, lambda _: scratch.stat().st_size), sandbox
         await sandbox.session.close()
         await owner.close()
 

@@ -75,7 +75,7 @@ def record(*mounts: cri.Mount, volumes: tuple[ImageVolume, ...] = ()) -> Contain
             volume(propagation=cri.MountPropagation.PROPAGATION_HOST_TO_CONTAINER),
             r"mounts\[0\]\.propagation is HOST_TO_CONTAINER: nothing is ever mounted below an image",
         ),
-        (volume(propagation=cri.MountPropagation.PROPAGATION_BIDIRECTIONAL), "propagation is PROPAGATION_BI"),
+        (volume(propagation=cri.MountPropagation.PROPAGATION_BIDIRECTIONAL), "propagation is BIDIRECTIONAL"),
         (volume(image=replace(SPEC, runtime_handler="other")), r"image\.runtime_handler is 'other'"),
     ],
 )

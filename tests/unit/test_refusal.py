@@ -109,23 +109,6 @@ def test_what_a_kubelet_sends_for_a_plain_pod_passes() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["network", "pid", "ipc"])
-def test_host_namespaces_are_refused_by_name(name: str) -> None:
-    options = cri.NamespaceOption()
-    setattr(options, name, cri.NamespaceMode.NODE)
-    with pytest.raises(InvalidArgument, match=f"namespace_options.{name} is NODE: .*host pod"):
-        refusal.refuse(_container(namespace_options=options))
-
-
-def test_mounts_that_need_the_hosts_kernel_are_refused() -> None:
-    shared = cri.Mount(propagation=cri.MountPropagation.PROPAGATION_BIDIRECTIONAL)
-    config = cri.ContainerConfig(mounts=[cri.Mount(), shared])
-    with pytest.raises(
-        InvalidArgument, match=r"mounts\[1\]\.propagation is PROPAGATION_BIDIRECTIONAL: .*host pod"
-    ):
-        refusal.refuse(cri.CreateContainerRequest(config=config))
-
-
 def test_what_is_listed_is_named() -> None:
     config = cri.ContainerConfig(CDI_devices=[cri.CdiDevice(name="vendor.com/gpu=0")])
     with pytest.raises(Unsupported, match=r"is set \('vendor.com/gpu=0'\)"):
@@ -139,22 +122,6 @@ def test_another_container_s_processes_are_a_container_s_business() -> None:
     pod = cri.PodSandboxConfig(linux=cri.LinuxPodSandboxConfig(security_context=security))
     with pytest.raises(InvalidArgument, match="namespace_options.pid is TARGET"):
         refusal.refuse(cri.RunPodSandboxRequest(config=pod))
-
-
-def test_devices_that_would_be_something_else_in_a_guest_are_refused() -> None:
-    for path, fits in (
-        ("/dev/fuse", True),
-        ("/dev/net/tun", True),
-        ("/dev/sda", False),
-        ("/dev/fuse/..", False),
-    ):
-        device = cri.Device(host_path=path, container_path="/dev/x", permissions="rw")
-        request = cri.CreateContainerRequest(config=cri.ContainerConfig(devices=[device]))
-        if fits:
-            refusal.refuse(request)
-        else:
-            with pytest.raises(Unsupported, match=r"devices\[0\].host_path is .*cannot enter a VM"):
-                refusal.refuse(request)
 
 
 def test_a_user_namespace_is_refused_although_all_of_it_is_zero() -> None:

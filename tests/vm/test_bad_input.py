@@ -18,7 +18,7 @@ from tests.daemonkit import BUSYBOX, Cri, daemon
 pytestmark = pytest.mark.vm
 
 INVALID, MISSING, WRONG_STATE = Status.INVALID_ARGUMENT, Status.NOT_FOUND, Status.FAILED_PRECONDITION
-REFUSED, TAKEN = Status.UNIMPLEMENTED, Status.ALREADY_EXISTS
+REFUSED, TAKEN, DENIED = Status.UNIMPLEMENTED, Status.ALREADY_EXISTS, Status.PERMISSION_DENIED
 
 NODE, TARGET = cri.NamespaceMode.NODE, cri.NamespaceMode.TARGET
 LOCALHOST = cri.SecurityProfileProfileType.Localhost
@@ -48,8 +48,8 @@ LINUX_OF_A_POD: list[tuple[dict[str, Any], Status, str]] = [
     (memory(-1), INVALID, "memory_limit_in_bytes"),
     ({"resources": cri.LinuxContainerResources(cpu_period=5, cpu_quota=-7)}, INVALID, "cpu_period"),
     ({"resources": cri.LinuxContainerResources(cpu_shares=-1)}, INVALID, "cpu_shares"),
-    (pod_security(namespace_options=cri.NamespaceOption(network=NODE)), INVALID, "network"),
-    (pod_security(namespace_options=cri.NamespaceOption(ipc=NODE)), INVALID, "ipc"),
+    (pod_security(namespace_options=cri.NamespaceOption(network=NODE)), DENIED, "host_pods"),
+    (pod_security(namespace_options=cri.NamespaceOption(ipc=NODE)), DENIED, "host_pods"),
     (pod_security(namespace_options=cri.NamespaceOption(pid=cri.NamespaceMode(9))), INVALID, "pid"),
     ({"sysctls": {"../kernel": "1"}}, INVALID, "'../kernel'"),
     (pod_security(namespace_options=cri.NamespaceOption(pid=TARGET)), INVALID, "pid"),

@@ -1,0 +1,194 @@
+"""A host process as the place of a pod: the agent lives in the pod's own network, IPC and UTS namespaces.
+
+So containers inherit them as they inherit a guest's, and the pod's port-forwards, host name, sysctls and figures
+need no code of their own. Its mount namespace gets the host's later mounts and gives none back: whatever the agent
+mounts ends with its last process, however that ends. A pod's pid namespace cannot be the agent's, which has to see
+its children: a process that only reaps holds it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+from hyperpod.agent import linux, podfiles, rootfs
+from hyperpod.agent.cgroups import ROOT as CGROUP_ROOT
+from hyperpod.agent.cgroups import Cgroups
+from hyperpod.agent.environment import Place, set_hostname, set_sysctl
+from hyperpod.agent.layout import Layout
+from hyperpod.api.gen.hyperpod.agent import v1
+from hyperpod.errors import InvalidArgument
+from hyperpod.title import set_title
+
+SHM_SIZE = "64m"
+_CAP_SYS_RESOURCE = 24
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """`directory`: root's, for sockets and bundles. `scratch`: for writable layers, a folder of the host's disk.
+
+    `cgroup`: of all containers. `netns`: path of the pod's network namespace; empty: the host's. `uts`, `ipc`,
+    `pid`: the pod has one of its own. `stdio_uid`: who may open streams, beside root; `None` is nobody.
+    """
+
+    directory: str
+    scratch: str = ""
+    cgroup: str = ""
+    netns: str = ""
+    uts: bool = False
+    ipc: bool = False
+    pid: bool = False
+    stdio_uid: int | None = None
+
+
+class HostPlace(Place):
+    """See the module."""
+
+    def __init__(self, layout: Layout, ended: asyncio.Event, options: HostOptions) -> None:
+        super().__init__(layout, ended)
+        self._options = options
+
+    @staticmethod
+    def prepare(options: HostOptions) -> tuple[Layout, Cgroups, HostProcesses]:
+        """Before there is a second thread: what it enters, it enters for itself and what it starts."""
+        os.makedirs(options.directory, mode=0o700, exist_ok=True)
+        os.umask(0o022)
+        linux.become_subreaper()
+        own = linux.CLONE_NEWNS
+        own |= linux.CLONE_NEWUTS if options.uts else 0
+        own |= linux.CLONE_NEWIPC if options.ipc else 0
+        linux.unshare(own)
+        linux.mount("none", "/", "", linux.MS_REC | linux.MS_SLAVE)
+        if options.netns:
+            linux.enter_network(options.netns)
+        if options.ipc:  # what lies there is the IPC namespace's: shm_open(3)
+            safe = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
+            linux.mount("tmpfs", "/dev/shm", "tmpfs", safe, f"mode=1777,size={SHM_SIZE}")  # not a file
+        if os.path.exists(f"{CGROUP_ROOT}/unified/cgroup.controllers"):
+            # crun refuses v1 with controllers left in v2 ("hybrid"); without this mount it sees plain v1.
+            linux.umount(f"{CGROUP_ROOT}/unified", linux.MNT_DETACH)
+        name = os.path.basename(options.directory.rstrip("/"))
+        layout = Layout(
+            root=options.directory,
+            scratch=options.scratch or f"{options.directory}/s",
+            cgroup=options.cgroup or f"/hyperpod/{name}",
+            guest=False,
+        )
+        cgroups = Cgroups(layout.cgroup)
+        cgroups.setup()
+        return layout, cgroups, HostProcesses(hold_pid_namespace() if options.pid else 0)
+
+    @staticmethod
+    async def clean(layout: Layout, cgroups: Cgroups) -> None:
+        """Remove what an agent that died left in the same directory."""
+        await cgroups.kill(layout.cgroup)
+        for name in cgroups.children(layout.cgroup):
+            cgroups.remove(f"{layout.cgroup}/{name}")
+        for path in (layout.crun_root, f"{layout.root}/b", layout.layers, layout.scratch):
+            if os.path.exists(path):
+                rootfs.remove_tree(path)
+        layout.make()
+
+    async def greet(self, hello: v1.HelloRequest) -> None:
+        """A host agent shares its kernel: it sets what belongs to the pod's namespaces and refuses the rest."""
+        if hello.interfaces:
+            raise InvalidArgument("a host agent makes no network: the plugins have made it")
+        if hello.hostname and self._options.uts:
+            set_hostname(hello.hostname)
+        for name, value in hello.sysctls.items():
+            if not self._owns(name):
+                raise InvalidArgument(f"sysctl {name[:80]!r} is the host's; the pod has no namespace for it")
+            set_sysctl(name, value)
+        if hello.resolv_conf or hello.hosts:
+            podfiles.write(self.layout, hello.resolv_conf, hello.hosts, hello.hostname)
+
+    def _owns(self, sysctl: str) -> bool:
+        from hyperpod.spec.sysctls import namespace_of  # most pods name none
+
+        has = {"network": bool(self._options.netns), "ipc": self._options.ipc}
+        return has.get(namespace_of(sysctl), False)
+
+
+class HostProcesses:
+    """What an OCI spec for a process on the host lacks. `pid_holder`: the first process of the pod's pid namespace;
+    0: the pod has none, and a spec without one means the host's."""
+
+    def __init__(self, pid_holder: int = 0) -> None:
+        self._pid_holder = pid_holder
+        self._limited = not _permitted() >> _CAP_SYS_RESOURCE & 1
+
+    def complete(self, spec: dict[str, Any]) -> None:
+        """Of a container: the pod's pid namespace, and what the first process may have."""
+        namespaces = spec["linux"]["namespaces"]
+        if self._pid_holder and all(item["type"] != "pid" for item in namespaces):
+            namespaces.append({"type": "pid", "path": f"/proc/{self._pid_holder}/ns/pid"})
+        self.fit(spec["process"])
+
+    def fit(self, process: dict[str, Any]) -> None:
+        """What this agent has not it cannot give: capabilities that the host keeps from it, higher limits. And
+        what it has it does not hand down: its own OOM score."""
+        mine = _permitted()
+        for kind, names in process.get("capabilities", {}).items():
+            process["capabilities"][kind] = [name for name in names if mine >> _number(name) & 1]
+        if self._limited:
+            for limit in process.get("rlimits", []):
+                _, hard = resource.getrlimit(getattr(resource, limit["type"]))
+                if hard != resource.RLIM_INFINITY:
+                    limit["hard"] = min(limit["hard"], hard)
+                    limit["soft"] = min(limit["soft"], limit["hard"])
+        wanted = process.get("oomScoreAdj", 0)
+        process["oomScoreAdj"] = max(wanted, _oom_score()) if self._limited else wanted
+
+
+def _permitted() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1], 16) for line in file if line.startswith("CapPrm:"))
+
+
+def _oom_score() -> int:
+    with open("/proc/self/oom_score_adj") as file:
+        return int(file.read())
+
+
+def _number(capability: str) -> int:
+    from hyperpod.spec.capabilities import NUMBERS
+
+    return NUMBERS[capability]
+
+
+def hold_pid_namespace() -> int:
+    """Start the first process of a new pid namespace, which reaps and does nothing else; gives its pid."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        try:
+            linux.unshare(linux.CLONE_NEWPID)
+            first = os.fork()
+            if first == 0:
+                _hold()
+            os.write(writing, str(first).encode())  # its number here: the new namespace is for children
+            os._exit(0)
+        finally:
+            os._exit(70)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with open(reading, "rb") as told:
+        number = told.read()
+    if not number:
+        raise OSError("no pid namespace could be made")
+    return int(number)
+
+
+def _hold() -> None:
+    """Never returns. The kernel reaps for who ignores SIGCHLD, and gives a namespace's first process no signal that
+    it does not ask for, except from outside."""
+    set_title("pause", "pause")
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    os.closerange(0, 1 << 16)
+    while True:
+        signal.pause()

@@ -1,0 +1,52 @@
+"""The few things of a container that differ between a VM and the host: what it may ask for, where things lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hyperpod.errors import InvalidArgument, Unsupported
+from hyperpod.model.container import ContainerConfig, ContainerRecord
+from hyperpod.model.mounts import Propagation
+from hyperpod.model.sandbox import Kind, SandboxRecord
+from hyperpod.sandbox.live import LiveSandbox
+from hyperpod.spec import mounts, place
+from hyperpod.spec.mounts import HostBind
+from hyperpod.spec.oci import ContainerSpecInput
+
+DEVICES = tuple(
+    f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty", "fuse", "net/tun", "kvm")
+)
+"""Those that are the same thing in every kernel; any other path names something else in a guest."""
+
+
+def check(sandbox: SandboxRecord, config: ContainerConfig) -> None:
+    """What a pod of this kind cannot give. Raises InvalidArgument, Unsupported that name the field."""
+    place.check_container(sandbox.kind, sandbox.config.namespaces, config.namespaces)
+    if sandbox.kind is Kind.HOST:
+        return
+    for number, mount in enumerate(config.mounts):
+        if mount.propagation is Propagation.BIDIRECTIONAL:
+            raise InvalidArgument(
+                f"config.mounts[{number}].propagation is PROPAGATION_BIDIRECTIONAL: the host cannot see what a "
+                "guest mounts, it needs a host pod: give the pod another runtime handler"
+            )
+    for number, device in enumerate(config.devices):
+        if device.host_path not in DEVICES:
+            raise Unsupported(
+                f"config.devices[{number}].host_path is {device.host_path[:100]!r}: a host's device cannot enter a "
+                f"VM; of a guest's own there are {', '.join(DEVICES)}"
+            )
+
+
+def placed(sandbox: LiveSandbox, spec: ContainerSpecInput, record: ContainerRecord) -> ContainerSpecInput:
+    """On the host mounts are bound from where its agent has them, and may propagate."""
+    if sandbox.record.kind is Kind.VM:
+        return spec
+    built = mounts.oci_mounts(record.config.mounts, record.id, f"{sandbox.agent_home}/share")
+    return replace(spec, mounts=tuple(built), root_propagation=mounts.root_propagation(record.config.mounts))
+
+
+def share(sandbox: SandboxRecord, binds: Sequence[HostBind]) -> str:
+    """The tag of the device that mounts come through; on the host they come through none."""
+    return mounts.TAG if binds and sandbox.kind is Kind.VM else ""

@@ -1,0 +1,239 @@
+"""Host pods: the agent is a process of this host, in the pod's namespaces and in a cgroup below the pod's.
+
+    <run_dir>/h/<12 digits>/   root's: the agent's sockets, bundles and mount points, `agent` (its pid and start)
+    <state_dir>/scratch/<id>/  writable layers
+    <cgroup_parent>/hyperpod-<12 digits>/{agent,pod}   agent and shim; the containers
+
+An end in order and one by a crash are undone by the same steps: everybody in the cgroup is killed, and what was
+mounted ends with the agent's mount namespace, the loop devices of the layers with their mounts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from hyperpod import failpoints
+from hyperpod.agent.rootfs import remove_tree
+from hyperpod.agentclient.types import HelloInfo
+from hyperpod.errors import HyperpodError, Unavailable
+from hyperpod.model.base import now_ns
+from hyperpod.model.network import PodNetwork
+from hyperpod.model.security import NamespaceMode
+from hyperpod.network import hostdns
+from hyperpod.sandbox.builder import DEFAULT_SYSCTLS, Built, Common, SandboxBuilder, hostname
+from hyperpod.sandbox.live import LiveSandbox
+from hyperpod.sandbox.phases import Phases
+from hyperpod.sandbox.threads import MountThreads, mounting, process_end
+from hyperpod.share import binds
+from hyperpod.spec import mountinfo, podfiles
+from hyperpod.spec.mounts import HostBind
+from hyperpod.supervisor import linux
+
+log = logging.getLogger(__name__)
+
+AGENT_TIMEOUT = 20.0
+"""Seconds for a host agent to listen; 50 ms is usual."""
+
+END_TIMEOUT = 5.0
+"""Seconds for a killed agent to be gone."""
+
+HOSTS = Path("/etc/hosts")
+
+
+class HostBuilder(SandboxBuilder):
+    """Makes and unmakes host sandboxes."""
+
+    def __init__(self, common: Common) -> None:
+        super().__init__(common)
+        self._threads = MountThreads()
+
+    def cgroup(self, sandbox: LiveSandbox) -> str:
+        return f"{self.root_cgroup(sandbox)}/agent"
+
+    def scratch_path(self, sandbox: LiveSandbox) -> Path:
+        return self.config.state_dir / "scratch" / sandbox.id
+
+    def scratch_bytes(self, sandbox: LiveSandbox) -> int:
+        try:
+            disk = os.statvfs(self.scratch_path(sandbox))
+        except FileNotFoundError:
+            return 0
+        return disk.f_blocks * disk.f_frsize
+
+    async def build(self, sandbox: LiveSandbox) -> Built:
+        """The plugins take most of the time: agent and shim start meanwhile, in the namespace that they fill."""
+        phases, record = Phases(), sandbox.record
+        netns: Path | None = None
+        with phases("folders"):
+            if record.config.namespaces.network is not NamespaceMode.NODE:
+                netns = await self.networks.namespaces.make(record.id)
+            await asyncio.to_thread(self._make_folders, sandbox)
+            failpoints.passing("sandbox.scratch")
+
+        async def fill() -> PodNetwork | None:
+            if netns is None:
+                return None
+            with phases("network"):
+                return await self.networks.attach(record, vm=False, netns=netns)
+
+        async def start() -> None:
+            with phases("agent"):
+                await self._start_agent(sandbox)
+                failpoints.passing("sandbox.agent-started")
+            with phases("shim"):
+                await self.start_shim(sandbox, resume=False)
+                failpoints.passing("sandbox.shim")
+            with phases("claim"):
+                await self._claim(sandbox)
+
+        network, started = await asyncio.gather(fill(), start(), return_exceptions=True)
+        for outcome in (network, started):
+            if isinstance(outcome, BaseException):
+                raise outcome
+        assert not isinstance(network, BaseException)
+        with phases("hello"):
+            hello = await self._greet(sandbox, network)
+            failpoints.passing("sandbox.agent")
+        return Built(hello, phases, network)
+
+    def _make_folders(self, sandbox: LiveSandbox) -> None:
+        scratch, home = self.scratch_path(sandbox), sandbox.agent_home
+        for folder, mode in ((scratch.parent, 0o711), (home.parent, 0o711)):
+            folder.mkdir(parents=True, exist_ok=True, mode=mode)
+        scratch.mkdir(mode=0o700)
+        home.mkdir(mode=0o711)  # the shim connects to one of the sockets in it
+        (home / "share").mkdir(mode=0o711)
+        self.make_directory(sandbox)
+
+    async def _start_agent(self, sandbox: LiveSandbox) -> None:
+        record = sandbox.record
+        options = record.config.namespaces
+        own_network = options.network is not NamespaceMode.NODE
+        cgroup = await self.cgroups.make(self.cgroup(sandbox))
+        pid, began = await self.supervisor.spawn_agent(
+            directory=str(sandbox.agent_home),
+            scratch=str(self.scratch_path(sandbox)),
+            cgroup_path=f"{self.root_cgroup(sandbox)}/pod",
+            netns=str(self.networks.namespaces.path(record.id)) if own_network else "",
+            uts=own_network,  # as Kubernetes has it: who has the node's network has its name
+            ipc=options.ipc is not NamespaceMode.NODE,
+            pid=options.pid is NamespaceMode.POD,
+            stdio_uid=record.uid,
+            cgroup=cgroup,
+        )
+        _pid_file(sandbox).write_text(f"{pid} {began}\n")
+
+    async def _claim(self, sandbox: LiveSandbox) -> None:
+        async def watch() -> None:
+            sandbox.gone_detail = await self.death(sandbox)
+            sandbox.gone.set()
+
+        watcher = asyncio.get_running_loop().create_task(watch(), name=f"agent/{sandbox.short}")
+        try:
+            await self.claim(sandbox, AGENT_TIMEOUT, "claim")
+        finally:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+
+    async def _greet(self, sandbox: LiveSandbox, network: PodNetwork | None) -> HelloInfo:
+        config = sandbox.record.config
+        name = os.uname().nodename if network is None else hostname(config)
+        hosts = (
+            await asyncio.to_thread(_hosts) if network is None else podfiles.hosts(name, network.addresses)
+        )
+        # Who is in the host's network reaches a stub resolver on its loopback too.
+        resolver = hostdns.host_resolv_conf(stub=network is None)
+        client = await sandbox.session.client()
+        return await client.hello(
+            host_time_ns=now_ns(),
+            entropy=b"",
+            hostname=name,
+            sysctls={**({} if network is None else DEFAULT_SYSCTLS), **config.sysctls},
+            resolv_conf=podfiles.resolv_conf(config.dns, resolver),
+            hosts=hosts,
+        )
+
+    # -- its life -----------------------------------------------------------------------------------------
+
+    def agent_pid(self, sandbox: LiveSandbox) -> int:
+        """Of the agent that `build` started; 0 when it is not there any more."""
+        try:
+            pid, began = map(int, _pid_file(sandbox).read_text().split())
+            return pid if linux.start_time(pid) == began and not linux.is_dead(pid) else 0
+        except (OSError, ValueError):
+            return 0
+
+    async def death(self, sandbox: LiveSandbox) -> str:
+        if pid := self.agent_pid(sandbox):
+            await process_end(pid)
+        return "its agent, a process of the host, ended"
+
+    async def mount(self, sandbox: LiveSandbox, wanted: Sequence[HostBind]) -> list[str]:
+        share, pid = sandbox.agent_home / "share", self.agent_pid(sandbox)
+        if not pid:
+            raise Unavailable(f"sandbox {sandbox.short}: its agent has ended")
+        target = binds.Target(f"/proc/{pid}/ns/mnt", share, inside=str(share), guest=False)
+        cancelled = threading.Event()
+        await self._threads.run(lambda: binds.bind(target, wanted, cancelled), mounting(wanted), cancelled)
+        return []
+
+    async def unmount(self, sandbox: LiveSandbox, container_id: str) -> None:
+        try:
+            await asyncio.to_thread(binds.release, sandbox.agent_home / "share", container_id[:12])
+        except OSError as exc:
+            log.error("container %s: mount points stay until the pod ends: %s", container_id[:12], exc)
+
+    async def tear_down(self, sandbox: LiveSandbox) -> None:
+        await sandbox.session.close()
+        await self.end_shim(sandbox)
+        if pid := self.agent_pid(sandbox):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        await self.cgroups.remove(self.root_cgroup(sandbox))
+        if pid:
+            try:
+                async with asyncio.timeout(END_TIMEOUT):
+                    await process_end(pid)
+            except TimeoutError as exc:
+                raise Unavailable(f"sandbox {sandbox.short}: its agent, process {pid}, does not die") from exc
+        failpoints.passing("sandbox.destroyed")
+        await asyncio.to_thread(shutil.rmtree, sandbox.directory, ignore_errors=True)
+        await asyncio.to_thread(remove_home, sandbox.agent_home)
+        await asyncio.to_thread(_remove_scratch, self.scratch_path(sandbox))
+
+
+def remove_home(home: Path) -> None:
+    """Remove an agent's folder. Raises HyperpodError when something is mounted below it: its mounts were in a
+    namespace of its own, so this is somebody's files. Fine when it is not there."""
+    if not home.exists():
+        return
+    above = f"{home}/"
+    for mount in mountinfo.parse(Path("/proc/self/mountinfo").read_bytes()).values():
+        if mount.path.startswith(above):
+            raise HyperpodError(f"{mount.path} is a mount of the host: unmount it, {home} is to be removed")
+    remove_tree(str(home))
+
+
+def _remove_scratch(path: Path) -> None:
+    """What containers could write to: of any depth."""
+    if path.exists():
+        remove_tree(str(path))
+
+
+def _pid_file(sandbox: LiveSandbox) -> Path:
+    return sandbox.agent_home / "agent"
+
+
+def _hosts() -> str:
+    """The node's own names, for who is in its network."""
+    with contextlib.suppress(OSError), HOSTS.open("rb") as file:
+        return file.read(hostdns.LIMIT).decode(errors="replace")
+    return ""

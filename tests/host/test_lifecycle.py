@@ -1,0 +1,153 @@
+"""The life of host pods through the CRI socket: the same calls as for VMs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from grpclib.const import Status
+from grpclib.exceptions import GRPCError
+
+from hyperpod.api.gen.runtime import v1 as cri
+from tests.daemonkit import Cri
+
+BINARY = cri.KeyValue(key="BIN", value=b"\xff\xfe\n\xe9")
+
+
+async def until_logged(client: Cri, container: str, count: int = 1) -> list[str]:
+    async with asyncio.timeout(30):
+        while len(lines := await client.log(container)) < count:
+            await asyncio.sleep(0.02)
+    return [text for _, _, text in lines]
+
+
+async def test_a_container_s_life(cri_client: Cri, pod: str) -> None:
+    script = "uname -r; cat /proc/sys/kernel/random/boot_id; hostname; echo err >&2; printf end; exit 7"
+    container = await cri_client.sh(pod, script)
+    status = await cri_client.wait(container)
+    assert (status.exit_code, status.reason) == (7, "Error")
+    assert status.started_at <= status.finished_at <= time.time_ns()
+    log = await cri_client.log(container)
+    assert ("stderr", "F", "err") in log
+    assert ("stdout", "P", "end") in log
+    kernel, boot_id, name, _ = [text for stream, _, text in log if stream == "stdout"]
+    assert kernel == os.uname().release
+    assert boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert name.startswith("pod-")
+
+
+async def test_exec_and_its_end(cri_client: Cri, pod: str) -> None:
+    container = await cri_client.sh(pod, "sleep 600", envs=[BINARY])
+    reply = await cri_client.exec(container, "sh", "-c", "echo o; echo e >&2; exit 3")
+    assert (reply.stdout, reply.stderr, reply.exit_code) == (b"o\n", b"e\n", 3)
+    assert BINARY.value in (await cri_client.exec(container, "sh", "-c", 'printf %s "$BIN"')).stdout
+    big = await cri_client.exec(container, "head", "-c", "5000000", "/dev/zero")
+    assert big.stdout == b"\0" * 5_000_000
+    with pytest.raises(GRPCError) as info:
+        await cri_client.exec(container, "sh", "-c", "sleep 500 & sleep 501", timeout=1)
+    assert info.value.status is Status.DEADLINE_EXCEEDED
+    left = await cri_client.exec(container, "ps")
+    assert b"sleep 50" not in left.stdout
+
+
+async def test_a_missing_program_is_a_start_error(cri_client: Cri, pod: str) -> None:
+    container = await cri_client.create(pod, "/no/such/program")
+    with pytest.raises(GRPCError, match="/no/such/program"):
+        await cri_client.start(container)
+    status = await cri_client.status(container)
+    assert (status.exit_code, status.reason) == (128, "StartError")
+
+
+async def test_stop_has_a_grace(cri_client: Cri, pod: str) -> None:
+    deaf = await cri_client.sh(pod, "trap '' TERM; echo up; while :; do sleep 1; done")
+    polite = await cri_client.sh(pod, "trap 'exit 5' TERM; echo up; while :; do sleep 0.1; done")
+    for container in (deaf, polite):
+        await until_logged(cri_client, container)
+    await cri_client.stop(deaf, timeout=1)
+    await cri_client.stop(polite, timeout=60)
+    assert (await cri_client.status(deaf)).exit_code == 137
+    assert (await cri_client.status(polite)).exit_code == 5
+
+
+async def test_out_of_memory(cri_client: Cri, pod: str) -> None:
+    limit = cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(memory_limit_in_bytes=32 << 20))
+    container = await cri_client.sh(pod, "exec tail /dev/zero", linux=limit)
+    status = await cri_client.wait(container)
+    assert (status.exit_code, status.reason) == (137, "OOMKilled")
+    reply = await cri_client.runtime.pod_sandbox_status(cri.PodSandboxStatusRequest(pod_sandbox_id=pod))
+    assert reply.status is not None
+    assert reply.status.state == cri.PodSandboxState.SANDBOX_READY
+
+
+async def test_limits_and_figures(cri_client: Cri, pod: str) -> None:
+    resources = cri.LinuxContainerResources(memory_limit_in_bytes=64 << 20, cpu_shares=512, oom_score_adj=500)
+    container = await cri_client.sh(
+        pod, "while :; do :; done", linux=cri.LinuxContainerConfig(resources=resources)
+    )
+    [above] = [path for path in cri_client.daemon.cgroups() if "/memory/" in path]
+    folder = Path(above) / "pod" / container
+    assert int((folder / "memory.limit_in_bytes").read_text()) == 64 << 20
+    await cri_client.runtime.update_container_resources(
+        cri.UpdateContainerResourcesRequest(
+            container_id=container, linux=cri.LinuxContainerResources(memory_limit_in_bytes=96 << 20)
+        )
+    )
+    assert int((folder / "memory.limit_in_bytes").read_text()) == 96 << 20
+    await asyncio.sleep(0.6)
+    reply = await cri_client.runtime.container_stats(cri.ContainerStatsRequest(container_id=container))
+    stats = reply.stats
+    assert stats is not None and stats.cpu is not None and stats.memory is not None and stats.writable_layer
+    assert stats.cpu.usage_core_nano_seconds is not None
+    assert stats.cpu.usage_core_nano_seconds.value > 10**7
+    assert stats.memory.working_set_bytes is not None
+    assert 0 < stats.memory.working_set_bytes.value < 96 << 20
+    whole = await cri_client.runtime.pod_sandbox_stats(cri.PodSandboxStatsRequest(pod_sandbox_id=pod))
+    assert whole.stats is not None and whole.stats.linux is not None and whole.stats.linux.network is not None
+    default = whole.stats.linux.network.default_interface
+    assert default is not None
+    assert default.name == "eth0"
+
+
+async def test_which_place_is_told(cri_client: Cri, pod: str) -> None:
+    reply = await cri_client.runtime.pod_sandbox_status(
+        cri.PodSandboxStatusRequest(pod_sandbox_id=pod, verbose=True)
+    )
+    assert reply.status is not None and reply.status.network is not None
+    assert reply.status.runtime_handler == "host"
+    assert reply.status.network.ip
+    assert reply.info["place"] == "host"
+    assert json.loads(reply.info["host_pod"])["kernel"] == os.uname().release
+    assert {p["name"] for p in json.loads(reply.info["host"])["processes"]} >= {
+        "hyperpod-agent",
+        "hyperpod-shim",
+    }
+    status = await cri_client.runtime.status(cri.StatusRequest())
+    features = {item.name: item.features for item in status.runtime_handlers}
+    assert set(features) == {"", "vm", "host"}
+    for item in features.values():
+        assert item is not None and item.recursive_read_only_mounts and not item.user_namespaces
+
+
+async def test_layers_are_shared_and_given_back(cri_client: Cri, pod: str) -> None:
+    first = await cri_client.sh(pod, "echo mine > /file; sleep 600")
+    second = await cri_client.sh(pod, "cat /file; sleep 600")
+    assert (await cri_client.exec(second, "test", "-e", "/file")).exit_code == 1
+    loops = set(cri_client.daemon.loops())
+    assert loops
+    for container in (first, second):
+        await cri_client.runtime.remove_container(cri.RemoveContainerRequest(container_id=container))
+    assert not cri_client.daemon.loops(), "the last container's end gives the layers back"
+
+
+async def test_a_retry_joins(cri_client: Cri) -> None:
+    config = cri_client.pod_config()
+    first, second = await asyncio.gather(cri_client.run_pod(config), cri_client.run_pod(config))
+    assert first == second == await cri_client.run_pod(config)
+    cri_client.handler = "vm"
+    with pytest.raises(GRPCError) as info:
+        await cri_client.run_pod(config)
+    assert info.value.status is Status.ALREADY_EXISTS

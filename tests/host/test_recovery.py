@@ -1,0 +1,203 @@
+"""kill -9 of everything that a host pod has on its host: what lives goes on, what died leaves nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from grpclib.exceptions import GRPCError, StreamTerminatedError
+
+from hyperpod import failpoints
+from hyperpod.api.gen.runtime import v1 as cri
+from tests.daemonkit import Cri, Daemon
+from tests.host.conftest import ALLOWED, host_daemon_of
+
+COUNTER = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done"
+
+
+@pytest.fixture
+def own_daemon() -> Iterator[Daemon]:
+    with host_daemon_of(ALLOWED) as one:
+        yield one
+
+
+@contextlib.asynccontextmanager
+async def client_of(daemon: Daemon) -> AsyncIterator[Cri]:
+    async with daemon.client() as client:
+        client.handler = "host"
+        yield client
+
+
+async def numbers(client: Cri, container: str) -> list[int]:
+    return [int(text.split()[1]) for _, _, text in await client.log(container)]
+
+
+async def goes_on(client: Cri, container: str) -> None:
+    """It logs and takes execs, within 30 s; no line is lost or twice."""
+    before = len(await numbers(client, container))
+    async with asyncio.timeout(30):
+        while len(await numbers(client, container)) < before + 20:
+            await asyncio.sleep(0.05)
+        while True:
+            with contextlib.suppress(GRPCError):
+                assert (await client.exec(container, "echo", "hi")).stdout == b"hi\n"
+                break
+            await asyncio.sleep(0.1)
+    got = await numbers(client, container)
+    assert got == list(range(len(got))), "every line exactly once"
+
+
+def process_of(daemon: Daemon, word: str, pod: str) -> int:
+    [line] = [p for p in daemon.processes() if word in p and pod[:12] in p]
+    return int(line.split()[0])
+
+
+async def test_pods_survive_daemon_shim_and_supervisor(own_daemon: Daemon) -> None:
+    async with client_of(own_daemon) as client:
+        await client.load_busybox()
+        pod = await client.run_pod()
+        container = await client.sh(pod, COUNTER)
+    own_daemon.kill_daemon()
+    async with client_of(own_daemon) as client:
+        await goes_on(client, container)
+        os.kill(process_of(own_daemon, "hyperpod-shim", pod), signal.SIGKILL)
+        await goes_on(client, container)
+    daemon_pid = own_daemon.pid()
+    own_daemon.kill_supervisor()
+    async with asyncio.timeout(20):
+        while Path(f"/proc/{daemon_pid}").exists():
+            await asyncio.sleep(0.05)
+    own_daemon.start()
+    async with client_of(own_daemon) as client:
+        await goes_on(client, container)
+        extra = await client.sh(pod, "echo new; sleep 600")
+        assert (await client.exec(extra, "true")).exit_code == 0
+        await client.remove_pod(pod)
+    assert own_daemon.leftovers() == []
+
+
+async def not_ready(client: Cri, pod: str) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            reply = await client.runtime.pod_sandbox_status(cri.PodSandboxStatusRequest(pod_sandbox_id=pod))
+            assert reply.status is not None
+            if reply.status.state == cri.PodSandboxState.SANDBOX_NOTREADY:
+                return
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("daemon_away", [False, True])
+async def test_the_death_of_an_agent_ends_its_pod(own_daemon: Daemon, daemon_away: bool) -> None:
+    async with client_of(own_daemon) as client:
+        await client.load_busybox()
+        pod = await client.run_pod()
+        container = await client.sh(pod, f"sleep 4444 & {COUNTER}")
+        status = await client.status(container)
+        assert status.log_path
+        agent = process_of(own_daemon, "hyperpod-agent", pod)
+    if daemon_away:
+        own_daemon.stop()
+    os.kill(agent, signal.SIGKILL)
+    if daemon_away:
+        own_daemon.start()
+    async with client_of(own_daemon) as client:
+        await not_ready(client, pod)
+        status = await client.wait(container)
+        assert (status.exit_code, status.reason) == (255, "Unknown")
+        assert "agent" in status.message
+        assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"sleep\x004444" in read(p)]
+        assert own_daemon.loops() == []
+        await client.remove_pod(pod)
+    assert own_daemon.leftovers() == []
+
+
+def read(path: Path) -> bytes:
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    return b""
+
+
+async def test_crun_killed_leaves_a_failed_start(own_daemon: Daemon, tmp_path: Path) -> None:
+    """A crun that kills itself at once, in the place of the real one."""
+    (tmp_path / "crun").write_text(
+        '#!/bin/sh\ncase "$*" in *run*--detach*|*exec*) kill -9 $$;; esac\nexec /usr/bin/crun "$@"\n'
+    )
+    (tmp_path / "crun").chmod(0o755)
+    real = shutil.which("crun")
+    assert real == "/usr/bin/crun"
+    own_daemon.stop()
+    own_daemon.start(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    async with client_of(own_daemon) as client:
+        await client.load_busybox()
+        pod = await client.run_pod()
+        container = await client.create(pod, "sleep", "600")
+        with pytest.raises(GRPCError, match="137"):
+            await client.start(container)
+        status = await client.status(container)
+        assert (status.exit_code, status.reason) == (128, "StartError")
+        await client.remove_pod(pod)
+    assert own_daemon.leftovers() == []
+
+
+async def test_a_host_reboot(own_daemon: Daemon) -> None:
+    async with client_of(own_daemon) as client:
+        await client.load_busybox()
+        pod = await client.run_pod()
+        container = await client.sh(pod, "sleep 600")
+    own_daemon.stop()
+    for line in own_daemon.processes():
+        os.kill(int(line.split()[0]), signal.SIGKILL)
+    record = own_daemon.state / "sandboxes" / pod / "record.json"
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    record.write_text(record.read_text().replace(boot_id, "0" * len(boot_id)))
+    own_daemon.unmount_namespaces()
+    shutil.rmtree(own_daemon.run_dir)
+    own_daemon.start()
+    async with client_of(own_daemon) as client:
+        status = await client.status(container)
+        assert status.state == cri.ContainerState.CONTAINER_EXITED
+        assert "reboot" in status.message
+        await client.remove_pod(pod)
+    assert own_daemon.leftovers() == []
+
+
+async def life(client: Cri) -> None:
+    """A pod's whole life, meeting every failpoint."""
+    pod = await client.run_pod()
+    mounts = [cri.Mount(container_path="/logs", host_path=str(client.daemon.logs))]
+    container = await client.create(pod, "/bin/sh", "-c", "echo up; sleep 0.2", mounts=mounts)
+    await client.runtime.update_container_resources(
+        cri.UpdateContainerResourcesRequest(
+            container_id=container, linux=cri.LinuxContainerResources(cpu_shares=512)
+        )
+    )
+    await client.start(container)
+    await client.wait(container)
+    await client.runtime.remove_container(cri.RemoveContainerRequest(container_id=container))
+    await client.remove_pod(pod)
+
+
+async def test_the_daemon_killed_at_every_step(own_daemon: Daemon) -> None:
+    async with client_of(own_daemon) as client:
+        await client.load_busybox()
+    for name in (name for name in failpoints.NAMES if name not in failpoints.OF_VMS):
+        own_daemon.stop()
+        own_daemon.start(HYPERPOD_FAILPOINT=name)
+        ready = own_daemon.text().count("ready on unix://")
+        with contextlib.suppress(GRPCError, StreamTerminatedError, ConnectionError, AssertionError):
+            async with client_of(own_daemon) as client:
+                await life(client)
+        async with asyncio.timeout(20):
+            while own_daemon.text().count("ready on unix://") <= ready:
+                await asyncio.sleep(0.05)
+        async with client_of(own_daemon) as client:
+            for item in (await client.runtime.list_pod_sandbox(cri.ListPodSandboxRequest())).items:
+                await client.remove_pod(item.id)
+            assert (await client.runtime.list_containers(cri.ListContainersRequest())).containers == []
+        assert own_daemon.leftovers() == [], name

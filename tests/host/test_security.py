@@ -1,0 +1,154 @@
+"""What a container of a host pod may do, and what a hostile image or request cannot."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+from grpclib.const import Status
+from grpclib.exceptions import GRPCError
+
+from hyperpod.api.gen.hyperpod.admin.v1 import LoadRequest
+from hyperpod.api.gen.runtime import v1 as cri
+from images import busybox
+from tests import imagekit
+from tests.daemonkit import Cri
+from tests.host.test_lifecycle import until_logged
+
+HOSTILE = "docker.io/library/hostile:latest"
+DISK = (os.major(Path("/").stat().st_dev), os.minor(Path("/").stat().st_dev))
+"""What the host's root lies on."""
+
+LOOP_CONTROL = (10, 237)
+"""The same on every Linux."""
+
+
+def security(**context: object) -> cri.LinuxContainerConfig:
+    return cri.LinuxContainerConfig(
+        security_context=cri.LinuxContainerSecurityContext(**context)  # type: ignore[arg-type]
+    )
+
+
+async def lines(client: Cri, pod: str, script: str, **more: object) -> list[str]:
+    container = await client.sh(pod, script, **more)
+    await client.wait(container)
+    return [text for _, _, text in await client.log(container)]
+
+
+async def privileged_pod(client: Cri) -> str:
+    context = cri.LinuxSandboxSecurityContext(privileged=True)
+    return await client.run_pod(client.pod_config(security_context=context))
+
+
+def set_uid_program(folder: Path) -> bytes:
+    source = folder / "who.c"
+    source.write_text(
+        '#include <stdio.h>\n#include <unistd.h>\nint main(void) { printf("%d\\n", geteuid()); }\n'
+    )
+    subprocess.run(["gcc", "-static", "-o", folder / "who", source], check=True)
+    return (folder / "who").read_bytes()
+
+
+async def load_hostile(client: Cri, folder: Path) -> cri.ImageSpec:
+    """An image with device nodes of the host, a set-uid program, and links that lead out."""
+    layer = imagekit.tar(
+        imagekit.Item("disk", kind=tarfile.BLKTYPE, mode=0o666, device=DISK),
+        imagekit.Item("loop-control", kind=tarfile.CHRTYPE, mode=0o666, device=LOOP_CONTROL),
+        imagekit.Item("who", set_uid_program(folder), mode=0o4755),
+        imagekit.symlink("out", "../../../../../../etc"),
+    )
+    built = imagekit.image(busybox.layer(Path("/bin/busybox").read_bytes()), layer)
+    path = imagekit.write_layout(folder / "layout", built, HOSTILE)
+    await client.admin.load(LoadRequest(path=str(path)))
+    return cri.ImageSpec(image=HOSTILE)
+
+
+async def test_a_hostile_image(cri_client: Cri, pod: str, tmp_path: Path) -> None:
+    """Device nodes of the host open for nobody; set-uid programs work, in their container."""
+    image = await load_hostile(cri_client, tmp_path)
+    script = (
+        "exec 2>&1; test -b /disk && echo there; head -c 1 /disk; head -c 1 /loop-control;"
+        f"mknod /made b {DISK[0]} {DISK[1]} && head -c 1 /made; ls /out/hostname"
+    )
+    assert await lines(cri_client, pod, script, image=image) == [
+        *("there", "head: /disk: Operation not permitted", "head: /loop-control: Operation not permitted"),
+        *("head: /made: Operation not permitted", "/out/hostname"),
+    ]
+    user = security(run_as_user=cri.Int64Value(value=1000))
+    assert await lines(cri_client, pod, "id -u; /who", image=image, linux=user) == ["1000", "0"]
+    tied = security(run_as_user=cri.Int64Value(value=1000), no_new_privs=True)
+    assert await lines(cri_client, pod, "/who", image=image, linux=tied) == ["1000"]
+
+
+async def test_what_a_container_has_by_default(cri_client: Cri, pod: str) -> None:
+    script = (
+        "grep CapEff /proc/self/status; grep Seccomp: /proc/self/status; ls /dev;"
+        "(echo 1 > /proc/sys/vm/swappiness) 2>/dev/null || echo no;"
+        "mount -t tmpfs x /tmp 2>/dev/null || echo no; dmesg >/dev/null 2>&1 || echo no;"
+        "head -c 1 /proc/kcore 2>/dev/null | wc -c; touch /sys/x 2>/dev/null || echo no"
+    )
+    found = await lines(cri_client, pod, script)
+    assert found[:2] == ["CapEff:\t00000000a80425fb", "Seccomp:\t2"]
+    assert [x for x in found if x in ("sda", "vda", "loop-control", "kmsg", "mem")] == []
+    assert found[-5:] == ["no", "no", "no", "0", "no"]
+
+
+async def test_privileged_is_privileged_on_the_host(cri_client: Cri, pod: str) -> None:
+    with pytest.raises(GRPCError) as info:
+        await cri_client.create(pod, "true", linux=security(privileged=True))
+    assert info.value.status is Status.INVALID_ARGUMENT
+    privileged = await privileged_pod(cri_client)
+    script = (
+        "grep CapEff /proc/self/status; test -c /dev/loop-control && echo dev;"
+        "mount -t tmpfs x /tmp && echo mounted"
+    )
+    mine = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapPrm")
+    )
+    assert await lines(cri_client, privileged, script, linux=security(privileged=True)) == [
+        mine.replace("CapPrm", "CapEff"), "dev", "mounted",
+    ]  # fmt: skip
+
+
+async def test_a_device_of_the_host(cri_client: Cri, pod: str) -> None:
+    device = cri.Device(host_path="/dev/loop-control", container_path="/dev/mine", permissions="r")
+    container = await cri_client.sh(
+        pod, "ls -l /dev/mine; (echo > /dev/mine) || echo no; sleep 600", devices=[device]
+    )
+    number = Path("/dev/loop-control").stat().st_rdev
+    said = await until_logged(cri_client, container, 2)
+    assert f"{os.major(number)}, {os.minor(number)}".replace(" ", "") in said[0].replace(" ", "")
+    assert "no" in await until_logged(cri_client, container, 3)
+    with pytest.raises(GRPCError) as info:
+        await cri_client.create(pod, "true", devices=[cri.Device(host_path="/dev/absent", permissions="r")])
+    assert info.value.status is Status.FAILED_PRECONDITION
+    assert "/dev/absent" in str(info.value.message)
+
+
+async def test_users_of_the_image(cri_client: Cri, pod: str) -> None:
+    user = security(run_as_user=cri.Int64Value(value=1234), supplemental_groups=[7, 8])
+    container = await cri_client.sh(pod, "id; cat /file; sleep 600", linux=user)
+    assert "uid=1234" in (await until_logged(cri_client, container))[0]
+    status = await cri_client.status(container)
+    assert status.user is not None and status.user.linux is not None
+    assert status.user.linux.uid == 1234
+    assert set(status.user.linux.supplemental_groups) >= {7, 8}
+
+
+async def test_the_agent_s_folder_is_root_s(cri_client: Cri, pod: str) -> None:
+    """The sandbox's user, whose shim reads what containers write, reaches the agent's streams and no more."""
+    home = cri_client.daemon.run_dir / "h" / pod[:12]
+    for name, owner in (("1024.sock", 0), ("agent", 0), ("b", 0), ("r", 0)):
+        assert (home / name).stat().st_uid == owner
+    assert stat.S_IMODE((home / "1024.sock").stat().st_mode) == 0o600
+    streams = (home / "1025.sock").stat()
+    assert (streams.st_uid, stat.S_IMODE(streams.st_mode)) == (
+        (cri_client.daemon.run_dir / "s" / pod[:12]).stat().st_uid,
+        0o600,
+    )
+    assert streams.st_uid != 0
+    assert stat.S_IMODE((home / "b").stat().st_mode) == 0o700
