@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from hyperpod.spec.share import FOLDER
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -30,7 +32,7 @@ class Layout:
 
     @property
     def share(self) -> str:
-        return f"{self.root}/share"
+        return f"{self.root}/{FOLDER}"
 
     @property
     def trash(self) -> str:

@@ -1,7 +1,7 @@
 """The host's folders and files for containers: one virtio-fs, mounted when the first container needs it.
 
-A container's own lie at <layout.share>/<short id>/<number>, and crun binds them from there. A folder is a mount of
-its own here, which the kernel makes when it is first walked into: that lets go of the host's files, when it goes.
+A container's own lie below layout.share as spec/share.py says, and crun binds them from there. A folder is a mount
+of its own here, which the kernel makes when it is first walked into, and whose end lets go of the host's files.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from hyperpod.agent import linux
 from hyperpod.agent.layout import Layout
 from hyperpod.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument
+from hyperpod.spec import share
 from hyperpod.tasks import bounded
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class Share:
                 log.warning("container %s: its mounts stay: %s", container[:12], exc)
 
     def _unmount(self, container: str) -> None:
-        folder = f"{self._layout.share}/{container[:12]}"
+        folder = f"{self._layout.share}/{share.folder(container)}"
         names = []
         with contextlib.suppress(OSError):
             names = os.listdir(folder)

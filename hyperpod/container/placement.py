@@ -43,7 +43,7 @@ def placed(sandbox: LiveSandbox, spec: ContainerSpecInput, record: ContainerReco
     """On the host mounts are bound from where its agent has them, and may propagate."""
     if sandbox.record.kind is Kind.VM:
         return spec
-    built = mounts.oci_mounts(record.config.mounts, record.id, f"{sandbox.agent_home}/share")
+    built = mounts.oci_mounts(record.config.mounts, record.id, str(sandbox.agent_share))
     return replace(spec, mounts=tuple(built), root_propagation=mounts.root_propagation(record.config.mounts))
 
 

@@ -110,7 +110,7 @@ class HostBuilder(SandboxBuilder):
             folder.mkdir(parents=True, exist_ok=True, mode=mode)
         scratch.mkdir(mode=0o700)
         home.mkdir(mode=0o711)  # the shim connects to one of the sockets in it
-        (home / "share").mkdir(mode=0o711)
+        sandbox.agent_share.mkdir(mode=0o711)
         self.make_directory(sandbox)
 
     async def _start_agent(self, sandbox: LiveSandbox) -> None:
@@ -177,7 +177,7 @@ class HostBuilder(SandboxBuilder):
         return "its agent, a process of the host, ended"
 
     async def mount(self, sandbox: LiveSandbox, wanted: Sequence[HostBind]) -> list[str]:
-        share, pid = sandbox.agent_home / "share", self.agent_pid(sandbox)
+        share, pid = sandbox.agent_share, self.agent_pid(sandbox)
         if not pid:
             raise Unavailable(f"sandbox {sandbox.short}: its agent has ended")
         target = binds.Target(f"/proc/{pid}/ns/mnt", share, inside=str(share), guest=False)
@@ -187,7 +187,7 @@ class HostBuilder(SandboxBuilder):
 
     async def unmount(self, sandbox: LiveSandbox, container_id: str) -> None:
         try:
-            await asyncio.to_thread(binds.release, sandbox.agent_home / "share", container_id[:12])
+            await asyncio.to_thread(binds.release, sandbox.agent_share, container_id)
         except OSError as exc:
             log.error("container %s: mount points stay until the pod ends: %s", container_id[:12], exc)
 

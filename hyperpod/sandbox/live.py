@@ -13,6 +13,7 @@ from hyperpod.sandbox.disks import Layers
 from hyperpod.sandbox.session import AgentSession
 from hyperpod.share.virtiofsd import FileServer
 from hyperpod.shimclient.client import ShimClient
+from hyperpod.spec.share import FOLDER
 from hyperpod.vsock.dial import Endpoint, HostEndpoint, HybridEndpoint, KernelEndpoint
 
 
@@ -24,6 +25,7 @@ class LiveSandbox:
         self.directory = run_dir / "s" / record.id[:12]
         self.agent_home = run_dir / "h" / record.id[:12]
         """A host pod's agent's."""
+        self.agent_share = self.agent_home / FOLDER
         self.files = FileServer(run_dir / "m" / record.id[:12])
         self.files_lock = asyncio.Lock()
         """Held while the file server is started, or its device attached."""

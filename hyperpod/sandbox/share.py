@@ -102,7 +102,7 @@ class Shares:
     async def release(self, sandbox: LiveSandbox, container_id: str) -> None:
         """Take a container's mounts out; fine when there are none."""
         try:
-            await asyncio.to_thread(binds.release, sandbox.files.share, container_id[:12])
+            await asyncio.to_thread(binds.release, sandbox.files.share, container_id)
         except OSError as exc:
             log.error("container %s: mount points stay until the pod ends: %s", container_id[:12], exc)
 

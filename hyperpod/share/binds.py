@@ -28,6 +28,7 @@ from hyperpod.errors import (
 from hyperpod.share import linux
 from hyperpod.spec.mountinfo import MountPoint, parse
 from hyperpod.spec.mounts import HostBind
+from hyperpod.spec.share import folder
 
 MAX_SUBMOUNTS = 256
 """Of one source, that keep flags of their own under a read-only parent in the guest; the host's hold anyway."""
@@ -100,17 +101,19 @@ def seal(namespace: str) -> None:
         raise HyperpodError(f"the share cannot be made read-only: {exc.strerror}") from exc
 
 
-def release(share: Path, short: str) -> None:
-    """Unmount a container's mounts and forget them; nothing there is fine. The rmdir of a mount point unmounts it
-    in other namespaces (rmdir(2) since Linux 3.18); one that is busy in ours is none that we made."""
-    folder = share / short
+def release(share: Path, container_id: str) -> None:
+    """Unmount a container's mounts and forget them; nothing there is fine. The name of its folder does for its id.
+
+    The rmdir of a mount point unmounts it in other namespaces (rmdir(2) since Linux 3.18); one that is busy in ours
+    is none that we made."""
+    place = share / folder(container_id)
     with contextlib.suppress(FileNotFoundError):
-        for entry in os.scandir(folder):
+        for entry in os.scandir(place):
             if entry.is_dir(follow_symlinks=False):
                 Path(entry.path).rmdir()
             else:
                 Path(entry.path).unlink()
-        folder.rmdir()
+        place.rmdir()
 
 
 def _open(one: HostBind, table: dict[int, MountPoint], *, guest: bool) -> _Source:

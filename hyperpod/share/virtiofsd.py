@@ -26,6 +26,7 @@ from hyperpod.errors import FailedPrecondition, HyperpodError
 from hyperpod.logs import printable
 from hyperpod.share import binds
 from hyperpod.spec import mountinfo
+from hyperpod.spec.share import FOLDER
 
 PLACES = "/usr/lib/qemu:/usr/libexec:/usr/lib:/usr/bin:/usr/local/bin"
 """Neither Debian puts it into PATH."""
@@ -101,7 +102,7 @@ class FileServer:
     """The virtiofsd of one folder `<run_dir>/m/<12 digits>`; all that it needs after a restart lies in there."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.share, self.socket = folder, folder / "share", folder / "fs.sock"
+        self.folder, self.share, self.socket = folder, folder / FOLDER, folder / "fs.sock"
         self._pid, self._log = folder / "pid", folder / "log"
         self._child = 0
         """What this process has to reap; what an earlier daemon started is the supervisor's."""

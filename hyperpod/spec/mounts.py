@@ -1,6 +1,6 @@
 """What becomes of the mounts of a container's request: a pure plan.
 
-Each folder or file of the host comes through the sandbox's one virtio-fs share, at `<short id>/<number>` in it,
+Each folder or file of the host comes through the sandbox's one virtio-fs share, at the place of share.py,
 and is bound from there to its destination by crun in the guest; imagevolumes.py has those that are images. Order
 and overriding are containerd's: parents before children, and a default mount gives way to one that is asked for
 at the same place.
@@ -16,14 +16,12 @@ from typing import Any
 from hyperpod.errors import InvalidArgument
 from hyperpod.model.mounts import Mount, Propagation
 from hyperpod.spec import imagevolumes
+from hyperpod.spec.share import GUEST_SHARE, place
 
 MAX_MOUNTS = 1024
 
 TAG = "hyperpod"
 """Of the virtio-fs device."""
-
-GUEST_SHARE = "/run/hyperpod/share"
-"""Where the agent mounts the share."""
 
 VIA_SHARE, VIA_BIND = "virtio-fs bind", "bind"
 """How a mount gets there, in the verbose status; others may be added beside it."""
@@ -85,11 +83,6 @@ def check(mounts: Sequence[Mount]) -> None:
             raise InvalidArgument(f"{where}: recursive_read_only needs readonly")
         if mount.recursive_read_only and mount.propagation is not Propagation.PRIVATE:
             raise InvalidArgument(f"{where}: recursive_read_only needs propagation PRIVATE")
-
-
-def place(container_id: str, number: int) -> str:
-    """Where in the share a container's mount lies; holds no character that a path could misread."""
-    return f"{container_id[:12]}/{number}"
 
 
 def host_binds(mounts: Sequence[Mount], container_id: str) -> list[HostBind]:

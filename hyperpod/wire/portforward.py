@@ -6,16 +6,13 @@ Each forwarded connection has a number of its own. `receive` raises ProtocolErro
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from hyperpod.errors import ProtocolError
 from hyperpod.wire import spdy
+from hyperpod.wire.channels import Buffer, Channels, spdy_events
 from hyperpod.wire.upgrade import Transport
-from hyperpod.wire.websocket import Base64Decoder, MessageCodec, Piece
-
-Buffer = bytes | bytearray | memoryview
+from hyperpod.wire.websocket import MessageCodec
 
 MAX_CONNECTIONS = 512
 """Forwarded connections of one session at once."""
@@ -99,7 +96,7 @@ def port_forward(transport: Transport, protocol: str, ports: tuple[int, ...]) ->
         return SpdyForward()
     if transport is Transport.TUNNEL:
         return TunnelForward()
-    return WebSocketForward(ports, base64="base64" in protocol)
+    return WebSocketForward(protocol, ports)
 
 
 @dataclass
@@ -132,12 +129,8 @@ class SpdyForward:
         return []
 
     def receive(self, data: bytes) -> list[ForwardEvent]:
-        try:
-            came = self._connection.receive_data(data)
-        except spdy.RemoteProtocolError as exc:
-            raise ProtocolError(f"SPDY: {exc}") from exc
         events: list[ForwardEvent] = []
-        for event in came:
+        for event in spdy_events(self._connection, data):
             match event:
                 case spdy.DataReceived(stream, payload):
                     self._data(stream, payload, events)
@@ -296,48 +289,30 @@ class WebSocketForward:
 
     half_close = False
 
-    def __init__(self, ports: tuple[int, ...], *, base64: bool) -> None:
-        self._ports, self._base64 = ports, base64
-        self._codec = MessageCodec()
-        self._decoder = Base64Decoder()
+    def __init__(self, protocol: str, ports: tuple[int, ...]) -> None:
+        self._ports = ports
+        self._channels = Channels(protocol)
         self._open = set(range(len(ports)))
-        self._channel = -1
 
     def start(self) -> list[ForwardEvent]:
         for index, port in enumerate(self._ports):
             for channel in (2 * index, 2 * index + 1):
-                self._message(channel, port.to_bytes(2, "little"))
+                self._channels.send(channel, port.to_bytes(2, "little"))
         return [Dial(index, port) for index, port in enumerate(self._ports)]
 
     def receive(self, data: bytes) -> list[ForwardEvent]:
-        events: list[ForwardEvent] = []
-        for piece in self._codec.receive(data):
-            self._piece(piece, events)
-        if self._codec.closed:
+        events: list[ForwardEvent] = [
+            Forward(part.channel // 2, part.data)
+            for part in self._channels.receive(data)
+            if part.data and part.channel % 2 == 0 and part.channel // 2 in self._open
+        ]
+        if self._channels.codec.closed:
             events.append(ForwardLeft())
         return events
 
-    def _piece(self, piece: Piece, events: list[ForwardEvent]) -> None:
-        data = piece.data
-        if piece.first:
-            self._channel = -1
-        if self._channel < 0 and data:
-            self._channel = data[0] - ord("0") if self._base64 else data[0]
-            data = data[1:]
-        if self._base64:
-            data = self._decoder.feed(data, last=piece.last)
-        if data and self._channel % 2 == 0 and self._channel // 2 in self._open:
-            events.append(Forward(self._channel // 2, data))
-
-    def _message(self, channel: int, data: Buffer) -> None:
-        if self._base64:
-            self._codec.text(bytes((ord("0") + channel,)) + base64.b64encode(data))
-        else:
-            self._codec.message((bytes((channel,)), data))
-
     def send(self, ident: int, data: Buffer) -> None:
         if ident in self._open and len(data):
-            self._message(2 * ident, data)
+            self._channels.send(2 * ident, data)
 
     def room(self, ident: int) -> int:
         return 1 << 30
@@ -347,13 +322,13 @@ class WebSocketForward:
 
     def fail(self, ident: int, text: str) -> None:
         if ident in self._open:
-            self._message(2 * ident + 1, text[:_MAX_TEXT].encode(errors="replace"))
+            self._channels.send(2 * ident + 1, text[:_MAX_TEXT].encode(errors="replace"))
             self.close(ident)
 
     def close(self, ident: int) -> None:
         self._open.discard(ident)
         if not self._open:
-            self._codec.close()
+            self._channels.codec.close()
 
     def consumed(self, ident: int, count: int) -> None:
         """Nothing: the only window is TCP's."""
@@ -362,7 +337,7 @@ class WebSocketForward:
         """Nothing: all connections are there from the start."""
 
     def finish(self) -> None:
-        self._codec.close()
+        self._channels.codec.close()
 
     def data_to_send(self) -> list[Buffer]:
-        return self._codec.data_to_send()
+        return self._channels.codec.data_to_send()

@@ -11,7 +11,6 @@ Begin once `Ready` has come. `receive` raises ProtocolError and nothing else; wh
 
 from __future__ import annotations
 
-import base64
 import json
 from dataclasses import dataclass
 from enum import IntEnum
@@ -19,11 +18,9 @@ from typing import NamedTuple, Protocol
 
 from hyperpod.errors import ProtocolError
 from hyperpod.wire import spdy
+from hyperpod.wire.channels import Buffer, Channels, Part, spdy_events
 from hyperpod.wire.outcome import Outcome, as_status, as_text
 from hyperpod.wire.upgrade import Transport
-from hyperpod.wire.websocket import Base64Decoder, MessageCodec, Piece
-
-Buffer = bytes | bytearray | memoryview
 
 _CLOSE_SIGNAL = 255
 _MAX_RESIZE = 1024
@@ -161,12 +158,8 @@ class SpdyCommand:
         self._sizes = Sizes()
 
     def receive(self, data: bytes) -> list[CommandEvent]:
-        try:
-            came = self._connection.receive_data(data)
-        except spdy.RemoteProtocolError as exc:
-            raise ProtocolError(f"SPDY: {exc}") from exc
         events: list[CommandEvent] = []
-        for event in came:
+        for event in spdy_events(self._connection, data):
             match event:
                 case spdy.DataReceived(stream, payload):
                     self._data(stream, payload, events)
@@ -238,47 +231,37 @@ class WebSocketCommand:
     """Each message begins with its channel's number, in base64 forms with its digit."""
 
     def __init__(self, protocol: str, wanted: Wanted) -> None:
-        self._version, self._base64 = _version(protocol), "base64" in protocol
+        self._version = _version(protocol)
         self._wanted = wanted
         self._allowed = wanted.channels(resize=True)
-        self._codec = MessageCodec()
-        self._channel = -1  # of the message that is coming; -1: not known yet
+        self._channels = Channels(protocol)
         self._signal = bytearray()
-        self._decoder = Base64Decoder()
         self._sizes = Sizes()
         self._started = self._stdin_over = False
         # An empty message says that the session stands; clients wait for it.
         first = Channel.STDOUT if wanted.stdout else Channel.STDERR if wanted.stderr else Channel.ERROR
-        self._message(first, b"")
+        self._channels.send(first, b"")
 
     def receive(self, data: bytes) -> list[CommandEvent]:
         events: list[CommandEvent] = []
         if not self._started:
             self._started = True
             events.append(Ready())
-        for piece in self._codec.receive(data):
-            self._piece(piece, events)
-        if self._codec.closed:
+        for part in self._channels.receive(data):
+            self._part(part, events)
+        if self._channels.codec.closed:
             events.append(Left())
         return events
 
-    def _piece(self, piece: Piece, events: list[CommandEvent]) -> None:
-        data = piece.data
-        if piece.first:
-            self._channel = -1
+    def _part(self, part: Part, events: list[CommandEvent]) -> None:
+        if part.first:
             self._signal.clear()
-        if self._channel < 0 and data:
-            self._channel = data[0] - ord("0") if self._base64 else data[0]
-            data = data[1:]
-        if self._version >= 5 and self._channel == _CLOSE_SIGNAL:
-            self._signal += data[:2]
-            if piece.last:
+        if self._version >= 5 and part.channel == _CLOSE_SIGNAL:
+            self._signal += part.data[:2]
+            if part.last:
                 self._close_signal(events)
-            return
-        if self._base64:
-            data = self._decoder.feed(data, last=piece.last)
-        if data:
-            self._data(data, events)
+        elif part.data:
+            self._data(part, events)
 
     def _close_signal(self, events: list[CommandEvent]) -> None:
         if len(self._signal) != 1 or self._signal[0] > Channel.RESIZE:
@@ -287,21 +270,15 @@ class WebSocketCommand:
             self._stdin_over = True
             events.append(StdinEnded())
 
-    def _data(self, data: bytes, events: list[CommandEvent]) -> None:
-        if self._channel == Channel.STDIN and self._wanted.stdin and not self._stdin_over:
-            events.append(Stdin(data))
-        elif self._channel == Channel.RESIZE and self._wanted.tty:
-            events += self._sizes.feed(data)
-
-    def _message(self, channel: Channel, data: Buffer) -> None:
-        if self._base64:
-            self._codec.text(b"%d" % channel + base64.b64encode(data))
-        else:
-            self._codec.message((bytes((channel,)), data))
+    def _data(self, part: Part, events: list[CommandEvent]) -> None:
+        if part.channel == Channel.STDIN and self._wanted.stdin and not self._stdin_over:
+            events.append(Stdin(part.data))
+        elif part.channel == Channel.RESIZE and self._wanted.tty:
+            events += self._sizes.feed(part.data)
 
     def send(self, channel: Channel, data: Buffer) -> None:
         if channel in self._allowed and len(data):
-            self._message(channel, data)
+            self._channels.send(channel, data)
 
     def room(self, channel: Channel) -> int:
         return 1 << 30
@@ -315,8 +292,8 @@ class WebSocketCommand:
     def finish(self, outcome: Outcome) -> None:
         message = as_status(outcome) if self._version >= 4 else as_text(outcome)
         if message:
-            self._message(Channel.ERROR, message)
-        self._codec.close()
+            self._channels.send(Channel.ERROR, message)
+        self._channels.codec.close()
 
     def data_to_send(self) -> list[Buffer]:
-        return self._codec.data_to_send()
+        return self._channels.codec.data_to_send()

@@ -13,7 +13,8 @@ from hyperpod.cri import convert, replies
 from hyperpod.errors import InvalidArgument
 from hyperpod.model.mounts import Mount, Propagation
 from hyperpod.spec import mountinfo
-from hyperpod.spec.mounts import MAX_MOUNTS, check, clean, explained, host_binds, merged, oci_mounts, place
+from hyperpod.spec.mounts import MAX_MOUNTS, check, clean, explained, host_binds, merged, oci_mounts
+from hyperpod.spec.share import place
 
 ID = "0123456789abcdef" * 4
 PATHS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60).map(

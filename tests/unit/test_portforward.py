@@ -175,7 +175,7 @@ def hear(client: Connection, session: PortForward) -> list[object]:
 
 
 def test_websocket_channels() -> None:
-    session, client = WebSocketForward((80, 8080), base64=False), Connection(ConnectionType.CLIENT)
+    session, client = WebSocketForward("v4.channel.k8s.io", (80, 8080)), Connection(ConnectionType.CLIENT)
     assert session.start() == [Dial(0, 80), Dial(1, 8080)]
     assert hear(client, session) == [b"\0\x50\0", b"\1\x50\0", b"\2\x90\x1f", b"\3\x90\x1f"]
     raw = (
@@ -193,7 +193,7 @@ def test_websocket_channels() -> None:
 
 
 def test_websocket_base64() -> None:
-    session, client = WebSocketForward((80,), base64=True), Connection(ConnectionType.CLIENT)
+    session, client = WebSocketForward("v4.base64.channel.k8s.io", (80,)), Connection(ConnectionType.CLIENT)
     session.start()
     assert hear(client, session) == ["0UAA=", "1UAA="]
     assert session.receive(client.send(TextMessage("0aGk="))) == [Forward(0, b"hi")]
