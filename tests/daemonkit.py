@@ -49,7 +49,12 @@ class Daemon:
     """`hyperpod serve` as a child process."""
 
     def __init__(
-        self, base: Path, config: str = "", kernel: Path | None = None, guest: Path | None = None
+        self,
+        base: Path,
+        config: str = "",
+        kernel: Path | None = None,
+        guest: Path | None = None,
+        log_level: str = "debug",
     ) -> None:
         self.base, self.state, self.logs = base, base / "state", base / "logs"
         self.run_dir = Path(f"/run/hp-{secrets.token_hex(4)}")
@@ -61,7 +66,7 @@ class Daemon:
         guest = guest or artifact("HYPERPOD_TEST_GUEST", "images/build.py")
         head, _, rest = config.partition("---")
         (base / "config.toml").write_text(
-            f'state_dir = "{self.state}"\nrun_dir = "{self.run_dir}"\nlog_level = "debug"\n{head}\n'
+            f'state_dir = "{self.state}"\nrun_dir = "{self.run_dir}"\nlog_level = "{log_level}"\n{head}\n'
             f'[network]\nconf_dir = "{self.network.conf_dir}"\n'
             f'[vm]\nkernel = "{kernel}"\nguest = "{guest}"\n'
             f"default_memory_mib = 160\nscratch_mib = 512\n{rest}"
@@ -299,12 +304,16 @@ class Cri:
 
 @contextlib.contextmanager
 def daemon(
-    config: str = "", kernel: Path | None = None, guest: Path | None = None, **env: str
+    config: str = "",
+    kernel: Path | None = None,
+    guest: Path | None = None,
+    log_level: str = "debug",
+    **env: str,
 ) -> Iterator[Daemon]:
     """A started daemon that is wholly gone afterwards. `env`: more of its environment."""
     base = Path(tempfile.mkdtemp(prefix="hyperpod-test-"))
     base.chmod(0o711)
-    one = Daemon(base, config, kernel, guest)
+    one = Daemon(base, config, kernel, guest, log_level)
     try:
         one.start(**env)
         yield one

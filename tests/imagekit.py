@@ -148,7 +148,7 @@ def write_layout(path: Path, built: Built, name: str = "") -> Path:
         (blobs / digest.removeprefix("sha256:")).write_bytes(data)
     top: dict[str, Any] = {"mediaType": built.media, "digest": built.digest, "size": len(built.top)}
     if name:
-        top["annotations"] = {"org.opencontainers.image.ref.name": name}
+        top["annotations"] = {"org.opencontainers.image.ref.name": name, "io.containerd.image.name": name}
     (path / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [top]}))
     (path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
     return path

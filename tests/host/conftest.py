@@ -15,10 +15,10 @@ from tests.daemonkit import Cri, Daemon, daemon
 ALLOWED = 'host_pods = ["test"]\n---'
 
 
-def host_daemon_of(config: str) -> contextlib.AbstractContextManager[Daemon]:
+def host_daemon_of(config: str, log_level: str = "debug") -> contextlib.AbstractContextManager[Daemon]:
     """Host pods need neither a guest kernel nor a guest image."""
     none = Path("/nonexistent")
-    return daemon(config, none, none, HYPERPOD_ENVEXEC=str(envexec.build()))
+    return daemon(config, none, none, log_level, HYPERPOD_ENVEXEC=str(envexec.build()))
 
 
 @pytest.fixture(scope="session")

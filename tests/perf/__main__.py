@@ -7,7 +7,7 @@ import asyncio
 import os
 
 from tests.daemonkit import daemon
-from tests.perf import latency, many, mounts, net, output, streams
+from tests.perf import latency, many, mounts, net, output, race, streams
 from tests.perf.bare import BareBoot
 from tests.perf.pods import Pods
 from tests.perf.report import Figure, progress, table
@@ -44,6 +44,9 @@ async def measure(quick: bool) -> tuple[list[Figure], list[list[str]], str]:
         figures += await many.lists(one, 10 if quick else 50)
     progress("container output to log")
     figures += await output.figures(20 if quick else 100, 2 if quick else 3)
+    progress("host pods")
+    [hosts] = await race.race(4 if quick else 12)
+    figures += race.figures(hosts)
     progress("streams")
     figures += await streams.figures(64 if quick else 512, 2 if quick else 3)
     return figures, pods.times(), bare.versions
