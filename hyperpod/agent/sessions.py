@@ -25,8 +25,8 @@ HANGUP_GRACE = 10.0
 OUTPUT_GRACE = 1.0
 """Seconds without output after which an ended process's streams end, though others may hold its pipes."""
 
-_DENIED = "Permission denied"
-"""crun, of a program that cannot be executed."""
+_DENIED = ("Permission denied", "is not executable")
+"""crun, of a program that cannot be executed: of Debian 12 and of 13."""
 
 
 class ProcessStream:
@@ -98,7 +98,7 @@ class ProcessStream:
             self._send(encode_exit(EXIT_NOT_FOUND, str(exc)))
             return
         except (HyperpodError, OSError) as exc:
-            if isinstance(exc, FailedPrecondition) and _DENIED in str(exc):
+            if isinstance(exc, FailedPrecondition) and any(text in str(exc) for text in _DENIED):
                 self._send(encode_exit(EXIT_NOT_EXECUTABLE, str(exc)))
             else:
                 self._fail(str(exc))

@@ -250,7 +250,8 @@ async def test_other_users_are_refused_even_when_the_mode_lets_them() -> None:
     )
 
     def bytes_got(uid: int) -> str:
-        command = [sys.executable, "-c", program, str(path)]
+        python = os.path.realpath(sys.executable)  # the environment's folder may be root's alone
+        command = [python, "-IS", "-c", program, str(path)]
         done = subprocess.run(command, user=uid, timeout=20, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 

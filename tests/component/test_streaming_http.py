@@ -240,8 +240,10 @@ class Authority:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                      "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test", "-days", "2")  # fmt: skip
-        (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\n")
+                      "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test", "-days", "2",
+                      "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
+        # What Python 3.13 insists on (RFC 5280, 4.2.1).
+        (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\nauthorityKeyIdentifier=keyid\n")
 
     def _openssl(self, *args: str) -> None:
         subprocess.run(["openssl", *args], cwd=self.folder, check=True, capture_output=True)
