@@ -143,12 +143,13 @@ class Cgroups:
                 self._freeze(path, "THAWED")
 
     def _freeze(self, path: str, state: str) -> bool:
-        try:
-            for folder, _, _ in os.walk(f"{ROOT}/freezer{path}"):
+        """Whether anything of it was: a cgroup below may go while we look."""
+        done = False
+        for folder, _, _ in os.walk(f"{ROOT}/freezer{path}"):
+            with contextlib.suppress(OSError):
                 _write(f"{folder}/freezer.state", state)
-        except OSError:
-            return False
-        return True
+                done = True
+        return done
 
     async def kill(self, path: str, timeout: float = KILL_TIMEOUT) -> None:
         """SIGKILL until nobody is left. Raises Unavailable when somebody is after `timeout` seconds."""

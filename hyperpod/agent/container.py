@@ -211,6 +211,8 @@ class Container:
         """Variables that it has unless others are given, for execs as well."""
         self.pid_target: Container | None = None
         self._variables: envexec.Variables | None = None
+        self._exited: asyncio.Future[int] | None = None
+        """Of its first process, once started; done as soon as that is reaped."""
         self._left: list[Exec] = []
         """Execs that are over but for what they left in the background; their cgroups go when that has ended."""
         self._serials: list[str] = []
@@ -290,6 +292,7 @@ class Container:
                 await self._clear_cgroup()
                 tools.crun.forget(self.id)
                 raise
+            self._exited = exited
             self.status = replace(self.status, state=State.RUNNING, pid=pid, started_at_ns=time.time_ns())
             tools.owner.spawn(f"exit/{self.id[:12]}", self._wait(exited))
             return pid
@@ -319,15 +322,15 @@ class Container:
 
     def _join(self, target: Container) -> None:
         """Write the target's pid namespace into the bundle. Raises FailedPrecondition when it does not run."""
-        if target.status.state is not State.RUNNING:
-            raise FailedPrecondition(
-                f"container {target.id[:12]}, whose processes it is to see, is {target.status.state.name}"
-            )
+        try:
+            pid = target.first_process()
+        except FailedPrecondition as exc:
+            raise FailedPrecondition(f"its processes are to be seen by {self.id[:12]}, but {exc}") from exc
         path = f"{self.tools.layout.bundle(self.id)}/config.json"
         with open(path) as file:
             spec = json.load(file)
         namespaces = [item for item in spec["linux"]["namespaces"] if item["type"] != "pid"]
-        namespaces.append({"type": "pid", "path": f"/proc/{target.status.pid}/ns/pid"})
+        namespaces.append({"type": "pid", "path": f"/proc/{pid}/ns/pid"})
         spec["linux"]["namespaces"] = namespaces
         _write_json(path, spec)
 
@@ -357,17 +360,22 @@ class Container:
 
     def signal(self, number: int, everybody: bool) -> None:
         """Raises FailedPrecondition when it does not run, InvalidArgument for no such signal."""
-        if self.status.state is not State.RUNNING:
-            raise FailedPrecondition(f"container {self.id[:12]} is {self.status.state.name}, not RUNNING")
         if not 1 <= number <= 64:
             raise InvalidArgument(f"there is no signal {number}")
-        if everybody:
+        if everybody and self.status.state is State.RUNNING:
             self.tools.cgroups.signal_all(self.cgroup, number)
             return
-        try:
-            os.kill(self.status.pid, number)
-        except ProcessLookupError as exc:
-            raise FailedPrecondition(f"container {self.id[:12]} has just ended") from exc
+        os.kill(self.first_process(), number)
+
+    def first_process(self) -> int:
+        """Its pid, which is good until the event loop goes on: once reaped, it may be any process's of this kernel.
+
+        Raises FailedPrecondition when it does not run, though the end may not be reported yet."""
+        if self.status.state is not State.RUNNING:
+            raise FailedPrecondition(f"container {self.id[:12]} is {self.status.state.name}, not RUNNING")
+        if self._exited is None or self._exited.done():
+            raise FailedPrecondition(f"container {self.id[:12]} has just ended")
+        return self.status.pid
 
     async def start_exec(self, ident: str, process: dict[str, Any], *, tty: bool, stdin: bool) -> int:
         """Gives the pid. Raises NotFound (no such program), FailedPrecondition, AlreadyExists."""
@@ -386,8 +394,9 @@ class Container:
 
     def check_running(self) -> None:
         """Raises FailedPrecondition."""
-        if self.status.state is not State.RUNNING or self._removed:
-            raise FailedPrecondition(f"container {self.id[:12]} is {self.status.state.name}, not RUNNING")
+        self.first_process()
+        if self._removed:
+            raise FailedPrecondition(f"container {self.id[:12]} is being removed")
 
     async def ended(self) -> int:
         """Wait for its end, also before its start; gives the exit code."""

@@ -86,9 +86,10 @@ def _set_project(path: str, number: int) -> None:
         os.close(folder)
 
 
-def walk(path: str) -> tuple[int, int]:
-    """Bytes on disk and inodes of a folder and all below it, of at most MAX_WALK entries. Raises OSError."""
-    used, inodes, left = os.lstat(path).st_blocks * 512, 1, MAX_WALK
+def walk(path: str, most: int = MAX_WALK) -> tuple[int, int]:
+    """Bytes on disk and inodes of a folder and all below it, of at most `most` entries. Raises OSError when it is
+    not there. Containers write below it: whatever depth, changes and names there are, it comes to an end."""
+    used, inodes, left = os.lstat(path).st_blocks * 512, 1, most
     pending = [path]
     while pending and left > 0:
         with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:

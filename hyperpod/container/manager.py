@@ -72,6 +72,8 @@ class ContainerManager:
         self.store, self.sandboxes, self.images, self.owner = store, sandboxes, images, owner
         self.index: IdIndex[LiveContainer] = IdIndex("container")
         self._names: dict[tuple[str, str, int], str] = {}
+        self._making: dict[tuple[str, str, int], ContainerConfig] = {}
+        """What is being created right now."""
         self._operations = Operations(owner)
         self._deaf: set[str] = set()
         """Sandboxes whose guest let SIGKILL pass: asking it again would be time lost."""
@@ -99,7 +101,13 @@ class ContainerManager:
         sandbox = self.sandboxes.live(sandbox_id)
         sandbox.need_ready()
         key = (sandbox.id, config.metadata.name, config.metadata.attempt)
-        if (known := self._names.get(key)) is not None:
+        if (making := self._making.get(key)) is not None:
+            if making != config:
+                raise AlreadyExists(
+                    f"the name {config.metadata.name} attempt {key[2]} is taken by a container that is being "
+                    "created with another configuration"
+                )
+        elif (known := self._names.get(key)) is not None:
             other = self.index.get(known)
             if other.record.config == config and other.state is ContainerState.CREATED:
                 return known
@@ -107,7 +115,19 @@ class ContainerManager:
                 f"the name {config.metadata.name} attempt {key[2]} is taken by container {known}"
             )
         name = f"create/{sandbox.id}/{key[1]}/{key[2]}"
-        return await self._operations.run(name, lambda: self._create(sandbox, config))
+        self._making[key] = config
+
+        async def create() -> str:
+            try:
+                return await self._create(sandbox, config)
+            finally:
+                self._making.pop(key, None)
+
+        try:
+            return await self._operations.run(name, create)
+        finally:
+            if not self._operations.running(name):  # it could not even begin
+                self._making.pop(key, None)
 
     async def _create(self, sandbox: LiveSandbox, config: ContainerConfig) -> str:
         image = self.images.get(config.image)
@@ -115,7 +135,7 @@ class ContainerManager:
             raise NotFound(f"image {config.image[:200]!r} is not here; pull it first")
         ident = secrets.token_hex(32)
         record = self._record(ident, sandbox, config, image)
-        resources = limits.fit("config.linux.resources", config.resources, sandbox.record.size)
+        resources = limits.fit("config.linux.resources", config.resources, placement.room(sandbox.record))
         placement.check(sandbox.record, config)
         self._check_security(sandbox, config)
         seccomp = await self._seccomp.of(config, sandbox.record.kernel.version)
@@ -262,7 +282,7 @@ class ContainerManager:
             sandbox = self.sandboxes.live(container.sandbox_id)
             sandbox.need_ready()
             merged = limits.merge(container.resources, resources)
-            merged = limits.fit("linux", merged, sandbox.record.size)
+            merged = limits.fit("linux", merged, placement.room(sandbox.record))
             agent = await sandbox.session.client()
             await agent.update_container(container.id, json.dumps(limits.oci(merged)).encode())
             failpoints.passing("container.updated")

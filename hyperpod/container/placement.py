@@ -8,7 +8,7 @@ from dataclasses import replace
 from hyperpod.errors import InvalidArgument, Unsupported
 from hyperpod.model.container import ContainerConfig, ContainerRecord
 from hyperpod.model.mounts import Propagation
-from hyperpod.model.sandbox import Kind, SandboxRecord
+from hyperpod.model.sandbox import Kind, SandboxRecord, VmSize
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.spec import mounts, place
 from hyperpod.spec.mounts import HostBind
@@ -45,6 +45,11 @@ def placed(sandbox: LiveSandbox, spec: ContainerSpecInput, record: ContainerReco
         return spec
     built = mounts.oci_mounts(record.config.mounts, record.id, str(sandbox.agent_share))
     return replace(spec, mounts=tuple(built), root_propagation=mounts.root_propagation(record.config.mounts))
+
+
+def room(sandbox: SandboxRecord) -> VmSize | None:
+    """What limits have to fit into: a VM's size; on the host nothing but what the kernel takes."""
+    return sandbox.size if sandbox.kind is Kind.VM else None
 
 
 def share(sandbox: SandboxRecord, binds: Sequence[HostBind]) -> str:

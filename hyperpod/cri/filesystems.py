@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import sys
 from pathlib import Path
+
+from hyperpod.agent.quota import walk
 
 
 def usage(root: Path) -> tuple[int, int]:
     """Bytes on disk and inodes of all below `root`; (0, 0) when it is not there."""
-    used = inodes = 0
-    for folder, _, names in os.walk(root):
-        inodes += 1 + len(names)
-        for name in names:
-            try:
-                used += (Path(folder) / name).lstat().st_blocks * 512
-            except FileNotFoundError:  # a pod that goes meanwhile
-                inodes -= 1
-    return used, inodes
+    try:
+        return walk(str(root), sys.maxsize)
+    except FileNotFoundError:
+        return 0, 0
 
 
 def scratch(state_dir: Path) -> Path:

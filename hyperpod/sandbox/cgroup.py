@@ -63,22 +63,26 @@ class SandboxCgroups:
         """How many processes of it this host has killed for want of memory."""
         return await asyncio.to_thread(self._oom_kills, path)
 
-    async def remove(self, path: str, domain: str = "") -> None:
+    async def remove(self, path: str, domain: str = "") -> list[int]:
         """Kill who is left in it and remove it, and what libvirt has left of `domain`; safe to repeat.
 
-        Raises ValueError for a path that is no sandbox's own: others live there.
+        Gives the processes that outlive SIGKILL, as those do that wait for a disk. Raises ValueError for
+        a path that is no sandbox's own: others live there.
         """
         if owner(path) is None:
             raise ValueError(f"{path!r} is not a sandbox's cgroup")
         loop = asyncio.get_running_loop()
         deadline = loop.time() + REMOVE_TIMEOUT
+        alive: list[int] = []
         while left := await asyncio.to_thread(self._remove_all, path):
             if loop.time() > deadline:
-                log.warning("cgroups left behind, they are busy: %s", " ".join(left))
+                alive = await asyncio.to_thread(_pids, left)
+                log.warning("cgroups left behind, with processes %s: %s", alive, " ".join(left))
                 break
             await asyncio.sleep(RETRY)
         if domain:
             await asyncio.to_thread(self._remove_libvirts, domain)
+        return alive
 
     async def sweep(self, shorts: set[str]) -> None:
         """Remove the cgroups of sandboxes (first 12 digits of the ids) of which nothing else is known."""
@@ -224,16 +228,23 @@ def _kill(folder: Path) -> None:
         _tell(folder / "cgroup.kill", "1")  # Linux 5.14
         return
     frozen = _freeze(folder, "FROZEN")
-    for current, _, _ in os.walk(folder):
-        with contextlib.suppress(OSError):
-            for pid in map(int, (Path(current) / "cgroup.procs").read_text().split()):
-                # 0 stands for a process that this PID namespace does not see, and would mean our own group.
-                if pid > 0:
-                    log.debug("killing process %d of cgroup %s", pid, current)
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+    for pid in _pids([str(folder)]):
+        log.debug("killing process %d of cgroup %s", pid, folder)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     if frozen:
         _freeze(folder, "THAWED")
+
+
+def _pids(folders: Sequence[str]) -> list[int]:
+    """Everybody in there and below, each once."""
+    found: set[int] = set()
+    for folder in folders:
+        for current, _, _ in os.walk(folder):
+            with contextlib.suppress(OSError):
+                found.update(map(int, (Path(current) / "cgroup.procs").read_text().split()))
+    # 0 stands for a process that this PID namespace does not see, and would mean our own group.
+    return sorted(found - {0})
 
 
 def _tell(file: Path, word: str) -> None:
@@ -243,13 +254,13 @@ def _tell(file: Path, word: str) -> None:
 
 
 def _freeze(folder: Path, state: str) -> bool:
-    """Whether it is a v1 freezer's."""
-    try:
-        for current, _, _ in os.walk(folder):
+    """Whether anything of it was: it is a v1 freezer's. A cgroup may go while we look."""
+    done = False
+    for current, _, _ in os.walk(folder):
+        with contextlib.suppress(OSError):
             _tell(Path(current) / "freezer.state", state)
-    except OSError:
-        return False
-    return True
+            done = True
+    return done
 
 
 def _remove_tree(folder: Path) -> None:

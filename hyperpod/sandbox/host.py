@@ -197,7 +197,12 @@ class HostBuilder(SandboxBuilder):
         if pid := self.agent_pid(sandbox):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        await self.cgroups.remove(self.root_cgroup(sandbox))
+        alive = await self.cgroups.remove(self.root_cgroup(sandbox))
+        if alive:
+            raise Unavailable(
+                f"sandbox {sandbox.short}: its processes {', '.join(map(str, alive[:8]))} do not die, do they wait "
+                "for a disk or a server? Stop the pod again when that answers"
+            )
         if pid:
             try:
                 async with asyncio.timeout(END_TIMEOUT):

@@ -73,19 +73,20 @@ def merge(old: LinuxResources, new: LinuxResources) -> LinuxResources:
     return old.model_copy(update=changes | {"hugepage_limits": tuple(pages.items()), "unified": files})
 
 
-def fit(where: str, resources: LinuxResources, size: VmSize) -> LinuxResources:
-    """What a VM of this size gives: a higher memory limit is cut to its RAM.
+def fit(where: str, resources: LinuxResources, size: VmSize | None) -> LinuxResources:
+    """What a VM of this size gives: a higher memory limit is cut to its RAM. `size` is None for the host, whose
+    kernel knows best which CPUs and memory nodes there are.
 
     Raises InvalidArgument for CPUs and memory nodes that it has not, and for contradictions.
     """
     cpus = numbers(f"{where}.cpuset_cpus", resources.cpuset_cpus)
-    if cpus and max(cpus) >= size.vcpus:
+    if size and cpus and max(cpus) >= size.vcpus:
         raise InvalidArgument(
             f"{where}.cpuset_cpus {resources.cpuset_cpus[:100]!r}: there is no CPU {max(cpus)} in the pod's "
             f"virtual machine, which has {size.vcpus} (0 to {size.vcpus - 1})"
         )
     nodes = numbers(f"{where}.cpuset_mems", resources.cpuset_mems)
-    if nodes and max(nodes) > 0:
+    if size and nodes and max(nodes) > 0:
         raise InvalidArgument(
             f"{where}.cpuset_mems {resources.cpuset_mems[:100]!r}: the pod's virtual machine has memory node 0"
         )
@@ -95,6 +96,8 @@ def fit(where: str, resources: LinuxResources, size: VmSize) -> LinuxResources:
             f"{where}.memory_swap_limit_in_bytes {swap} is memory and swap together: it cannot be below "
             f"memory_limit_in_bytes {limit}"
         )
+    if size is None:
+        return resources
     return resources.model_copy(update={"memory_limit": min(limit, size.memory_mib * MIB)})
 
 

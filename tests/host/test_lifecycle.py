@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from hyperpod.api.gen.runtime import v1 as cri
-from tests.daemonkit import Cri
+from tests.daemonkit import BUSYBOX, Cri
 
 BINARY = cri.KeyValue(key="BIN", value=b"\xff\xfe\n\xe9")
 
@@ -151,3 +154,119 @@ async def test_a_retry_joins(cri_client: Cri) -> None:
     with pytest.raises(GRPCError) as info:
         await cri_client.run_pod(config)
     assert info.value.status is Status.ALREADY_EXISTS
+
+
+async def test_retries_of_a_create_join_it(cri_client: Cri, pod: str) -> None:
+    """Also while it is being made; and with another configuration they are told so, not given it."""
+
+    def request(*argv: str, **more: object) -> cri.CreateContainerRequest:
+        config = cri.ContainerConfig(
+            metadata=cri.ContainerMetadata(name="one"),
+            image=cri.ImageSpec(image=BUSYBOX),
+            command=list(argv),
+            **more,  # type: ignore[arg-type]
+        )
+        return cri.CreateContainerRequest(pod_sandbox_id=pod, config=config)
+
+    create = cri_client.runtime.create_container
+    absent = [cri.Device(host_path="/dev/absent", permissions="r")]
+    for _ in range(10):
+        failed = await asyncio.gather(
+            *(create(request("true", devices=absent)) for _ in range(8)), return_exceptions=True
+        )
+        assert {str(answer) for answer in failed} == {str(failed[0])}
+        assert isinstance(failed[0], GRPCError) and failed[0].status is Status.FAILED_PRECONDITION
+    first, other, again = await asyncio.gather(
+        *(create(request(word)) for word in ("true", "false", "true")), return_exceptions=True
+    )
+    assert isinstance(first, cri.CreateContainerResponse) and first == again
+    assert isinstance(other, GRPCError) and other.status is Status.ALREADY_EXISTS
+    await cri_client.start(first.container_id)
+    assert (await cri_client.wait(first.container_id)).exit_code == 0
+
+
+async def test_a_deep_tree_hides_no_figures(cri_client: Cri, pod: str) -> None:
+    """What a container makes of its own files must not keep the kubelet from counting everybody's."""
+    script = "i=0; while [ $i -lt 1600 ]; do mkdir a && cd a && i=$((i+1)); done; echo done; sleep 600"
+    container = await cri_client.sh(pod, script)
+    await until_logged(cri_client, container)
+    info = await cri_client.images.image_fs_info(cri.ImageFsInfoRequest())
+    [disk] = info.container_filesystems
+    assert disk.inodes_used is not None and disk.inodes_used.value > 1600
+
+
+def process_of(status: cri.ContainerStatusResponse) -> int:
+    pid: int = json.loads(status.info["container"])["pid"]
+    return pid
+
+
+@contextlib.contextmanager
+def reused(pid: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process of the host with the number of one that has ended."""
+    for _ in range(50):
+        Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+        other = subprocess.Popen(["sleep", "600"])
+        if other.pid == pid:
+            break
+        other.kill()
+        other.wait()
+    else:
+        raise AssertionError(f"process number {pid} is not to be had")
+    try:
+        yield other
+    finally:
+        other.kill()
+        other.wait()
+
+
+async def test_who_gets_a_container_s_number_is_not_taken_for_it(cri_client: Cri, pod: str) -> None:
+    """Between the end of a container's process and the report of it, which others can put off."""
+    container = await cri_client.sh(pod, "echo up; sleep 2; exit 0")
+    script = (
+        "for p in /proc/[0-9]*; do [ $p != /proc/$$ ] && grep -q up $p/cmdline && exec 9>$p/fd/1; done;"
+        "echo held; sleep 600"
+    )
+    holder = await cri_client.sh(pod, script)
+    await until_logged(cri_client, holder)
+    target = cri.NamespaceOption(pid=cri.NamespaceMode.TARGET, target_id=container)
+    context = cri.LinuxContainerSecurityContext(namespace_options=target)
+    debugger = await cri_client.create(pod, "ps", linux=cri.LinuxContainerConfig(security_context=context))
+    verbose = cri.ContainerStatusRequest(container_id=container, verbose=True)
+    pid = process_of(await cri_client.runtime.container_status(verbose))
+    while Path(f"/proc/{pid}").exists():
+        await asyncio.sleep(0.01)
+    with reused(pid) as bystander:
+        assert (await cri_client.status(container)).state == cri.ContainerState.CONTAINER_RUNNING
+        with pytest.raises(GRPCError, match="has just ended"):
+            await cri_client.start(debugger)
+        stopping = asyncio.create_task(cri_client.stop(container, timeout=60))
+        await asyncio.sleep(0.3)
+        assert bystander.poll() is None
+    await cri_client.stop(holder)
+    await stopping
+    assert (await cri_client.status(container)).exit_code == 0
+
+
+@pytest.mark.skipif(not Path("/sys/fs/cgroup/freezer").exists(), reason="cgroup v2 kills the frozen, too")
+async def test_a_pod_that_does_not_die_is_not_called_stopped(cri_client: Cri, pod: str) -> None:
+    """A process that waits for a disk, here: frozen by somebody else, outlives SIGKILL."""
+    container = await cri_client.sh(pod, "sleep 600")
+    verbose = cri.ContainerStatusRequest(container_id=container, verbose=True)
+    pid = process_of(await cri_client.runtime.container_status(verbose))
+    freezer = Path(f"/sys/fs/cgroup/freezer/hp-test-{os.getpid()}")
+    freezer.mkdir()
+    try:
+        (freezer / "cgroup.procs").write_text(str(pid))
+        (freezer / "freezer.state").write_text("FROZEN")
+        with pytest.raises(GRPCError, match=str(pid)) as info:
+            await cri_client.remove_pod(pod)
+        assert info.value.status is Status.UNAVAILABLE
+        reply = await cri_client.runtime.pod_sandbox_status(cri.PodSandboxStatusRequest(pod_sandbox_id=pod))
+        assert reply.status is not None
+        assert reply.status.state == cri.PodSandboxState.SANDBOX_NOTREADY
+    finally:
+        (freezer / "freezer.state").write_text("THAWED")
+        while Path(f"/proc/{pid}").exists():
+            await asyncio.sleep(0.01)
+        freezer.rmdir()
+    await cri_client.remove_pod(pod)

@@ -73,6 +73,14 @@ def test_a_limit_above_the_vm_is_cut() -> None:
     assert limits.fit("r", LinuxResources(), SIZE) == LinuxResources()
 
 
+def test_a_host_has_what_its_kernel_says() -> None:
+    """More CPUs than are online, more memory nodes than one: no size of a VM knows better."""
+    wanted = LinuxResources(cpuset_cpus="0-40", cpuset_mems="0-1", memory_limit=1 << 50)
+    assert limits.fit("r", wanted, None) == wanted
+    with pytest.raises(InvalidArgument, match="no list of numbers"):
+        limits.fit("r", LinuxResources(cpuset_mems="x"), None)
+
+
 @pytest.mark.parametrize(
     ("resources", "text"),
     [
