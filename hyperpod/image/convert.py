@@ -8,6 +8,8 @@ same: knowing a diff id gives nobody a layer.
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -157,12 +159,16 @@ class LayerFiles:
         return Converted(layer, int(result["size"]), result["opaque_root"] is True)
 
     def _install(self, built: Path, path: Path) -> None:
-        """Move exactly the file that was checked, whatever its owner does to the name meanwhile."""
+        """Move exactly the file that was checked, whatever its owner does to the name meanwhile.
+
+        Raises ImageError when somebody has it open for writing: what one guest, or the host's kernel for a host pod,
+        has mounted would change under it."""
         fd = open_blob(built, None, "the built layer")
         root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fchown(fd, 0, self._settings.layer_gid)
             os.fchmod(fd, 0o440)
+            _need_no_writer(fd, built)
             os.fsync(fd)
             # With dst_dir_fd this is linkat(AT_SYMLINK_FOLLOW), without it link(2) of the symlink itself.
             os.link(f"/proc/self/fd/{fd}", path.name, dst_dir_fd=root, follow_symlinks=True)
@@ -176,3 +182,17 @@ class LayerFiles:
         finally:
             os.close(root)
             os.close(fd)
+
+
+def _need_no_writer(fd: int, path: Path) -> None:
+    """By a read lease, which the kernel gives for a file that nobody can write to any more (fcntl(2)): nobody may
+    open it but root, and a converter that a hostile layer took over is dead, as far as we know.
+
+    Raises ImageError."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as exc:
+        if exc.errno == errno.EAGAIN:
+            raise ImageError(f"{path.name} is still open for writing after its converter's end") from exc
+        log.debug("%s: its file system has no leases: %s", path, exc.strerror)

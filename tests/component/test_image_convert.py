@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from hyperpod.errors import HyperpodError, ImageError, ResourceExhausted
-from hyperpod.image.settings import Limits
+from hyperpod.image.convert import LayerFiles
+from hyperpod.image.settings import ImageSettings, Limits
 from tests import imagekit as kit
 from tests.component.imagestore import layer_files, opened, passable_folder
 from tests.imagekit import Item, folder, hardlink, symlink
@@ -199,3 +200,18 @@ async def test_layers_too_large_only_together(state: Path) -> None:
         with pytest.raises(ResourceExhausted, match="layers unpack to"):
             await store.load(layout)
     assert layer_files(state) == []
+
+
+def test_a_file_that_somebody_may_still_write_is_no_layer(state: Path) -> None:
+    """A converter that a hostile layer took over could leave a process behind that changes it later."""
+    built, target = state / "layer.img", state / "layers" / "a.squashfs"
+    target.parent.mkdir()
+    files = LayerFiles(target.parent, ImageSettings())
+    with built.open("wb") as late:
+        late.write(b"hsqs")
+        late.flush()
+        with pytest.raises(ImageError, match="still open for writing"):
+            files._install(built, target)
+    assert not target.exists()
+    files._install(built, target)
+    assert target.read_bytes() == b"hsqs"
