@@ -175,6 +175,12 @@ class ContainerManager:
                 submounts=submounts,
                 image_volumes=leased.volumes_for_agent(),
             )
+            scores = [
+                c.record.config.resources.oom_score_adj
+                for c in self.of(sandbox.id)
+                if not c.status.finished_at
+            ]
+            await self.sandboxes.builder(sandbox).weigh(sandbox, min(scores, default=0))
             known = user and User(uid=user.uid, gid=user.gid, groups=user.groups)
             await self._start_log(container, sandbox)
             await self._set(container, prepared=True, user=known)

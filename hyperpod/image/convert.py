@@ -161,8 +161,8 @@ class LayerFiles:
     def _install(self, built: Path, path: Path) -> None:
         """Move exactly the file that was checked, whatever its owner does to the name meanwhile.
 
-        Raises ImageError when somebody has it open for writing: what one guest, or the host's kernel for a host pod,
-        has mounted would change under it."""
+        Raises ImageError when somebody has it open for writing: what a guest, or for
+        a host pod the host's kernel, has mounted would change under it."""
         fd = open_blob(built, None, "the built layer")
         root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 DESTROY_TIMEOUT = 30.0
 
+SHIM_NAME = "hyperpod-shim"
+"""As supervisor/shims.py titles it."""
+
 
 class VmBuilder(SandboxBuilder):
     """Makes and unmakes the host-side things of one VM."""
@@ -105,6 +108,12 @@ class VmBuilder(SandboxBuilder):
             log.warning("sandbox %s: no process of %s found", sandbox.short, sandbox.record.domain)
             return
         await self.cgroups.admit(self.cgroup(sandbox), pid)
+        await self.weigh(sandbox, 0)
+
+    async def weigh(self, sandbox: LiveSandbox, score: int) -> None:
+        """To the host's kernel the VM is what its containers are in the guest; it has our own score otherwise, and
+        the service's is one that nobody kills. The shim keeps that: it is small, and the logs are its."""
+        await self.cgroups.weigh(self.cgroup(sandbox), score, SHIM_NAME)
 
     async def mount(self, sandbox: LiveSandbox, binds: Sequence[HostBind]) -> list[str]:
         """Put a container's mounts into the sandbox's share; see Shares.bind."""

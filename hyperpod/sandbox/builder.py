@@ -95,6 +95,10 @@ class SandboxBuilder(ABC):
         """Take a container's mounts away; fine when there are none."""
 
     @abstractmethod
+    async def weigh(self, sandbox: LiveSandbox, score: int) -> None:
+        """The OOM score of the sandbox as a whole."""
+
+    @abstractmethod
     def scratch_path(self, sandbox: LiveSandbox) -> Path:
         """Where its writable layers are."""
 

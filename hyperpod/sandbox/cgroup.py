@@ -59,6 +59,10 @@ class SandboxCgroups:
         """Move a process with all its threads in; one that is gone is none. Raises Unavailable."""
         await asyncio.to_thread(self._admit, path, pid)
 
+    async def weigh(self, path: str, score: int, but: str) -> None:
+        """Set the OOM score of its processes but those named `but`, as far as this host lets us lower one."""
+        await asyncio.to_thread(self._weigh, path, score, but)
+
     async def oom_kills(self, path: str) -> int:
         """How many processes of it this host has killed for want of memory."""
         return await asyncio.to_thread(self._oom_kills, path)
@@ -118,6 +122,12 @@ class SandboxCgroups:
                 return
             except OSError as exc:
                 raise Unavailable(f"process {pid} cannot join cgroup {folder}: {exc.strerror}") from exc
+
+    def _weigh(self, path: str, score: int, but: str) -> None:
+        for pid in _pids([hierarchy.mount + path for hierarchy in self.used[:1]]):
+            with contextlib.suppress(OSError):  # it has ended, or we lack CAP_SYS_RESOURCE
+                if Path(f"/proc/{pid}/comm").read_text().strip() != but:
+                    Path(f"/proc/{pid}/oom_score_adj").write_text(str(score))
 
     def _oom_kills(self, path: str) -> int:
         for hierarchy in self.used:

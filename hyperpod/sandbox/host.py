@@ -191,6 +191,9 @@ class HostBuilder(SandboxBuilder):
         except OSError as exc:
             log.error("container %s: mount points stay until the pod ends: %s", container_id[:12], exc)
 
+    async def weigh(self, sandbox: LiveSandbox, score: int) -> None:
+        """Nothing: its containers have their own, agent and shim keep the service's."""
+
     async def tear_down(self, sandbox: LiveSandbox) -> None:
         await sandbox.session.close()
         await self.end_shim(sandbox)

@@ -13,6 +13,7 @@ import pytest
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
+from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.sandbox.cgroup import mounted
 from hyperpod.spec.cgroup import sandbox_folder
 from tests.daemonkit import Cri
@@ -55,6 +56,23 @@ def cgroups_of(pid: int) -> set[str]:
             if controllers != "devices":
                 found.add(path)
     return found
+
+
+def score(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+async def test_a_vm_is_worth_to_the_host_what_its_containers_are(cri_client: Cri) -> None:
+    """The kubelet gives each container a score by its pod's class; the service's own is that of the last to go."""
+    pod = await cri_client.run_pod()
+    ours = members(pod, cri_client)
+    before = score(ours["shim"])
+    for wanted, expected in ((1000, 1000), (500, 500), (800, 500)):
+        resources = cri.LinuxContainerResources(oom_score_adj=wanted)
+        await cri_client.sh(pod, "sleep 600", linux=cri.LinuxContainerConfig(resources=resources))
+        assert score(ours["qemu-system"]) == expected
+    assert score(ours["shim"]) == before
+    await cri_client.remove_pod(pod)
 
 
 async def test_shim_and_qemu_are_below_the_pods_cgroup(parent: str, cri_client: Cri) -> None:
