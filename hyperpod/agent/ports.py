@@ -10,7 +10,7 @@ from hyperpod.agent.streams import Peer
 from hyperpod.errors import HyperpodError
 from hyperpod.tasks import TaskOwner
 from hyperpod.wire.portpipe import PortEnd
-from hyperpod.wire.stdio import Frame, encode_opened
+from hyperpod.wire.stdio import Frame, Open, encode_handover, encode_opened
 
 CONNECT_TIMEOUT = 10.0
 HIGH_WATER = 256 * 1024
@@ -55,9 +55,9 @@ class PortStream(asyncio.Protocol):
 
     # -- the stdio side -----------------------------------------------------------------------------------
 
-    def attach(self, peer: Peer, from_offset: int) -> None:
+    def attach(self, peer: Peer, what: Open) -> None:
         self._peer = peer
-        self._dialling = self._owner.spawn(f"port/{self._port}", self._dial(peer))
+        self._dialling = self._owner.spawn(f"port/{self._port}", self._dial(peer, direct=what.direct))
 
     def detach(self, peer: Peer) -> None:
         self._peer = None
@@ -82,11 +82,15 @@ class PortStream(asyncio.Protocol):
             self._tcp.write_eof()
             self._close_when_done()
 
-    async def _dial(self, peer: Peer) -> None:
+    async def _dial(self, peer: Peer, *, direct: bool) -> None:
         try:
             sock = await connect(self._port)
         except HyperpodError as exc:
             peer.drop(str(exc))
+            return
+        if direct and peer.send_with(encode_opened(0) + encode_handover(0), sock.fileno()):
+            sock.close()
+            peer.finish()
             return
         loop = asyncio.get_running_loop()
         try:

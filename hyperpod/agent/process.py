@@ -15,7 +15,7 @@ from hyperpod.agent.streams import InputStream, OutputStream, Terminal
 from hyperpod.errors import DeadlineExceeded, FailedPrecondition, NotFound
 
 PIPE_BYTES = 256 * 1024
-"""Buffer of an output pipe; Linux gives 64 KiB, which costs a fast writer a wake-up per 64 KiB."""
+"""Buffer of a pipe; Linux gives 64 KiB, which costs a fast writer a wake-up per 64 KiB."""
 
 EOF_TIMEOUT = 2.0
 """Seconds after a process's end for its pipes to end; another process may have inherited them."""
@@ -116,10 +116,9 @@ class Pipes:
         os.set_blocking(ours, False)
         self._close.add(theirs)
         self._ours.append(ours)
-        if not ours_writes:
-            # Refused over the host's limit for one user's pipes: the default size does.
-            with contextlib.suppress(PermissionError):
-                fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        # Refused over the host's limit for one user's pipes: the default size does.
+        with contextlib.suppress(PermissionError):
+            fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         return theirs, ours
 
     def commit(self) -> None:

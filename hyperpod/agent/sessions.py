@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 from hyperpod.agent.streams import Peer
 from hyperpod.errors import FailedPrecondition, HyperpodError, NotFound, ProtocolError
-from hyperpod.wire.process import EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, decode_resize, encode_exit
+from hyperpod.wire.process import (
+    EXIT_NOT_EXECUTABLE,
+    EXIT_NOT_FOUND,
+    OUTPUT_GRACE,
+    decode_resize,
+    encode_exit,
+)
 from hyperpod.wire.stdio import Frame, FrameType, Open, encode_opened
 
 if TYPE_CHECKING:
@@ -21,9 +27,6 @@ log = logging.getLogger(__name__)
 
 HANGUP_GRACE = 10.0
 """Seconds between SIGHUP and SIGKILL for an exec whose client is gone."""
-
-OUTPUT_GRACE = 1.0
-"""Seconds without output after which an ended process's streams end, though others may hold its pipes."""
 
 _DENIED = ("Permission denied", "is not executable")
 """crun, of a program that cannot be executed: of Debian 12 and of 13."""
@@ -40,7 +43,7 @@ class ProcessStream:
         self._peer: Peer | None = None
         self._task: asyncio.Task[None] | None = None
 
-    def attach(self, peer: Peer, from_offset: int) -> None:
+    def attach(self, peer: Peer, what: Open) -> None:
         self._peer = peer
         if not self._what.exec_id:
             peer.send([encode_opened(0)])

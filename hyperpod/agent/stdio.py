@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 from collections.abc import Callable, Sequence
 
 from hyperpod.agent.streams import Stream
@@ -84,6 +86,21 @@ class StdioConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
+    def send_with(self, frame: bytes, fd: int) -> bool:
+        transport = self._transport
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size():
+            return False
+        own = transport.get_extra_info("socket")
+        if own.family != socket.AF_UNIX:
+            return False
+        with socket.socket(
+            fileno=os.dup(own.fileno())
+        ) as sock:  # asyncio's own face of it sends no descriptors
+            try:
+                return socket.send_fds(sock, [frame], [fd]) == len(frame)
+            except OSError:
+                return False
+
     def drop(self, why: str) -> None:
         log.info("stdio connection dropped: %s", why)
         stream, self._stream = self._stream, None
@@ -109,7 +126,7 @@ class StdioConnection(asyncio.Protocol):
         stream = self._find(what)
         self._stream = stream
         try:
-            stream.attach(self, what.from_offset)
+            stream.attach(self, what)
         except HyperpodError:
             self._stream = None
             raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import stat
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -17,7 +18,9 @@ from hyperpod.wire.stdio import (
     MAX_PAYLOAD,
     AgentSender,
     Frame,
+    Open,
     StdinReceiver,
+    encode_handover,
     encode_opened,
 )
 
@@ -41,11 +44,14 @@ class Peer(Protocol):
     def finish(self) -> None:
         """Close, once everything is sent."""
 
+    def send_with(self, frame: bytes, fd: int) -> bool:
+        """Send the first frame together with a descriptor; false (nothing was sent) where that cannot be done."""
+
 
 class Stream(Protocol):
     """What a stdio connection speaks to."""
 
-    def attach(self, peer: Peer, from_offset: int) -> None:
+    def attach(self, peer: Peer, what: Open) -> None:
         """The connection is there. Raises ProtocolError."""
 
     def detach(self, peer: Peer) -> None:
@@ -58,6 +64,10 @@ class Stream(Protocol):
         """The peer takes data again."""
 
 
+def _is_pipe(fd: int) -> bool:
+    return fd >= 0 and stat.S_ISFIFO(os.fstat(fd).st_mode)
+
+
 class OutputStream:
     """stdout or stderr of a process (of a terminal: its only output)."""
 
@@ -66,6 +76,8 @@ class OutputStream:
         self._sender = AgentSender()
         self._fd = -1
         self._reading = False
+        self._lent = False
+        """The peer reads the pipe itself."""
         self._close_fd: Callable[[], None] = lambda: None
         self._peer: Peer | None = None
         self.ended = asyncio.Event()
@@ -79,20 +91,27 @@ class OutputStream:
         self._fd, self._close_fd = fd, close
         self._pump()
 
-    def attach(self, peer: Peer, from_offset: int) -> None:
+    def attach(self, peer: Peer, what: Open) -> None:
         """Send to `peer` from here on; an older one is dropped. Raises ProtocolError for a wrong offset."""
-        opened = self._sender.attach(from_offset)
+        opened = self._sender.attach(what.from_offset)
         older, self._peer = self._peer, peer
         if older is not None:
             older.drop("the stream was opened by a newer connection")
-        peer.send([opened])
+        self._lent = what.direct and _is_pipe(self._fd) and peer.send_with(opened, self._fd)
+        if not self._lent:
+            peer.send([opened])
         self.flush()
+        if self._lent:
+            peer.send([encode_handover(self._sender.end)])
         self._pump()
 
     def detach(self, peer: Peer) -> None:
         if self._peer is peer:
             self._peer = None
             self._sender.detach()
+            if self._lent:
+                self._lent = False
+                self._pump()
 
     def receive(self, frame: Frame) -> None:
         """An ACK of the peer. Raises ProtocolError."""
@@ -106,7 +125,7 @@ class OutputStream:
 
     def discard(self) -> None:
         """Read on into nothing; a connected peer is dropped."""
-        peer, self._peer = self._peer, None
+        peer, self._peer, self._lent = self._peer, None, False
         if peer is not None:
             self._sender.detach()
             peer.drop("the process was hung up")
@@ -115,7 +134,7 @@ class OutputStream:
 
     def _pump(self) -> None:
         """Read while there is room, stop when there is none."""
-        wanted = self._fd >= 0 and (self._discarding or self._sender.room > 0)
+        wanted = self._fd >= 0 and not self._lent and (self._discarding or self._sender.room > 0)
         if wanted and not self._reading:
             self._loop.add_reader(self._fd, self._readable)
         elif self._reading and not wanted:
@@ -126,7 +145,7 @@ class OutputStream:
 
     def end_when_idle(self, grace: float) -> None:
         """The process has ended: so does its stream once nothing has come for `grace` seconds, though another
-        process may hold the pipe. While the peer is too slow for reading, no time passes."""
+        process may hold the pipe. While the peer is too slow for reading, or reads itself, no time passes."""
         self._grace = grace
         self._await_silence()
 
@@ -192,13 +211,15 @@ class InputStream:
         self._fd, self._close_fd = fd, close
         self._write()
 
-    def attach(self, peer: Peer, from_offset: int) -> None:
-        """Take input from `peer`; an older one is dropped."""
+    def attach(self, peer: Peer, what: Open) -> None:
+        """Take input from `peer`, or let it write itself; an older one is dropped."""
         older, self._peer = self._peer, peer
         if older is not None:
             older.drop("the stream was opened by a newer connection")
         self._receiver = StdinReceiver()
-        peer.send([encode_opened(0)])
+        opened, free = encode_opened(0), not self._pending and not self._eof and _is_pipe(self._fd)
+        if not (what.direct and free and peer.send_with(opened + encode_handover(0), self._fd)):
+            peer.send([opened])
 
     def detach(self, peer: Peer) -> None:
         if self._peer is peer:

@@ -24,7 +24,7 @@ class Stream:
 
     def __init__(self, client: SpdyClient, number: int) -> None:
         self._client, self.number = client, number
-        self._chunks: list[bytes] = []
+        self._chunks: list[Buffer] = []
         self._news = asyncio.Event()
         self.answered = asyncio.Event()
         self.accepted = self.ended = self.was_reset = False
@@ -66,7 +66,7 @@ class Stream:
         self._client.connection.reset(self.number)
         await self._client.flush()
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: Buffer) -> None:
         self._chunks.append(data)
         self._news.set()
 
@@ -162,7 +162,7 @@ class SpdyClient:
         match event:
             case spdy.DataReceived(number, payload):
                 self._unread += len(payload)
-                self._streams[number].feed(bytes(payload))
+                self._streams[number].feed(payload)
             case spdy.StreamReplied(number):
                 self._streams[number].accepted = True
                 self._streams[number].wake()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 
-from hyperpod.vsock.dial import Endpoint
+from hyperpod.vsock.dial import Endpoint, HostEndpoint
 from hyperpod.vsock.open import STDIO_PORT, open_agent
 
 _TIMEOUT = 5.0
@@ -25,6 +25,11 @@ class AgentDialer:
     @property
     def known(self) -> bool:
         return self._target is not None
+
+    @property
+    def direct(self) -> bool:
+        """Whether the agent is a process of this host, which can hand descriptors over."""
+        return self._target is not None and isinstance(self._target[0], HostEndpoint)
 
     def set(self, endpoint: Endpoint, token: bytes) -> None:
         self._target = endpoint, token

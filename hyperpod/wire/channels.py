@@ -11,6 +11,9 @@ from hyperpod.wire.websocket import Base64Decoder, MessageCodec
 
 Buffer = bytes | bytearray | memoryview
 
+SPDY_WINDOW = 512 * 1024
+"""Of what a client sends: with the protocol's own 64 KiB each 32 KiB would cost both sides two control frames."""
+
 
 def spdy_events(connection: spdy.Connection, data: bytes) -> list[spdy.Event]:
     """Raises ProtocolError, and nothing else."""
@@ -24,7 +27,7 @@ class Part(NamedTuple):
     """Of a message; `channel` is -1 while nothing of it has come."""
 
     channel: int
-    data: bytes
+    data: bytes | memoryview
     first: bool
     last: bool
 
@@ -42,14 +45,14 @@ class Channels:
         """Raises ProtocolError."""
         parts = []
         for piece in self.codec.receive(data):
-            payload = piece.data
+            payload: bytes | memoryview = memoryview(piece.data)
             if piece.first:
                 self._channel = -1
             if self._channel < 0 and payload:
                 self._channel = payload[0] - ord("0") if self._base64 else payload[0]
                 payload = payload[1:]
             if self._base64:
-                payload = self._decoder.feed(payload, last=piece.last)
+                payload = self._decoder.feed(bytes(payload), last=piece.last)
             parts.append(Part(self._channel, payload, piece.first, piece.last))
         return parts
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from hyperpod.wire import spdy
-from hyperpod.wire.channels import Buffer, Channels, spdy_events
+from hyperpod.wire.channels import SPDY_WINDOW, Buffer, Channels, spdy_events
 from hyperpod.wire.upgrade import Transport
 from hyperpod.wire.websocket import MessageCodec
 
@@ -117,7 +117,7 @@ class SpdyForward:
     half_close = True
     _connection: spdy.Connection = field(
         default_factory=lambda: spdy.Connection(
-            spdy.Role.SERVER, limits=spdy.Limits(streams=2 * MAX_CONNECTIONS)
+            spdy.Role.SERVER, limits=spdy.Limits(streams=2 * MAX_CONNECTIONS, window=SPDY_WINDOW)
         )
     )
     _waiting: dict[str, _Pair] = field(default_factory=dict)

@@ -5,6 +5,7 @@
     both     DATA(offset) ... EOF(total); the agent ERROR(text) when the connection breaks
 
 There are no acknowledgements: each connection has its own back-pressure. The framing tells an end from a break.
+With a HANDOVER the TCP socket itself is the host's, and this connection over.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from hyperpod.wire.stdio import (
     FrameType,
     Open,
     StreamRefused,
+    check_handover,
     encode_data,
     encode_eof,
     encode_open,
@@ -61,16 +63,16 @@ class PortEnd:
 class HostPort(PortEnd):
     """The host's side."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, direct: bool = False) -> None:
         super().__init__()
-        self._port, self._decoder = port, FrameDecoder()
-        self.opened = False
+        self._request, self._decoder = Open("", "port", port=port, direct=direct), FrameDecoder()
+        self.opened = self.handed_over = False
 
     def start(self) -> bytes:
-        return encode_open(Open("", "port", port=self._port))
+        return encode_open(self._request)
 
     def feed(self, data: bytes) -> list[bytes | memoryview]:
-        """Payloads; look at `opened` and `ended` too. Raises ProtocolError, StreamRefused."""
+        """Payloads; look at `opened`, `handed_over` and `ended` too. Raises ProtocolError, StreamRefused."""
         out: list[bytes | memoryview] = []
         for frame in self._decoder.feed(data):
             if frame.type is FrameType.ERROR:
@@ -79,6 +81,9 @@ class HostPort(PortEnd):
                 if frame.type is not FrameType.OPENED:
                     raise ProtocolError(f"stdio: {frame.type.name} where OPENED was due")
                 self.opened = True
+            elif frame.type is FrameType.HANDOVER and not self.handed_over:
+                check_handover(self._request, frame, self._received)
+                self.handed_over = True
             elif payload := self.take(frame):
                 out.append(payload)
         return out

@@ -30,6 +30,9 @@ from hyperpod.wire.stdio import (
 EXIT_NOT_FOUND, EXIT_NOT_EXECUTABLE = 127, 126
 """As shells tell of a program that they cannot run."""
 
+OUTPUT_GRACE = 1.0
+"""Seconds without output after which an ended process's streams end, though others may hold its pipes."""
+
 
 @dataclass(frozen=True)
 class Exit:

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 from hyperpod.errors import ProtocolError
 from hyperpod.wire import spdy
-from hyperpod.wire.channels import Buffer, Channels, Part, spdy_events
+from hyperpod.wire.channels import SPDY_WINDOW, Buffer, Channels, Part, spdy_events
 from hyperpod.wire.outcome import Outcome, as_status, as_text
 from hyperpod.wire.upgrade import Transport
 
@@ -152,7 +152,9 @@ class SpdyCommand:
     def __init__(self, protocol: str, wanted: Wanted) -> None:
         self._version = _version(protocol)
         self._missing = wanted.channels(resize=self._version >= 3)
-        self._connection = spdy.Connection(spdy.Role.SERVER, limits=spdy.Limits(streams=16))
+        self._connection = spdy.Connection(
+            spdy.Role.SERVER, limits=spdy.Limits(streams=16, window=SPDY_WINDOW)
+        )
         self._streams: dict[Channel, int] = {}
         self._channels: dict[int, Channel] = {}
         self._sizes = Sizes()

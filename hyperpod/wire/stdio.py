@@ -8,6 +8,11 @@
     stdin    host: DATA(offset) ... EOF(total)                              agent: ACK(offset), cumulative
     process  see wire.process: an exec's life, terminal sizes, the exit     port  see wire.portpipe
 
+An agent on this host can hand a stream over: for an OPEN that asks for it ("direct") OPENED carries a descriptor of
+the pipe, or of the port's socket (SCM_RIGHTS), and HANDOVER(offset) says that the stream goes on there. An exec's
+output is then read there by the host to its end, its input written there; its stdin's EOF(0) still tells the agent
+to close its own copy. The connection stays, as the sign that the host is there.
+
 Offsets count the bytes of the stream from its first one. A sender has at most WINDOW bytes unacknowledged; it
 then stops reading its source: back-pressure, never a drop. A connection that ends before EOF has failed.
 A container's stdout and stderr can be opened again from a later offset; what was not acknowledged is kept.
@@ -51,6 +56,7 @@ class FrameType(IntEnum):
     START = 8
     EXIT = 9
     RESIZE = 10
+    HANDOVER = 11
 
 
 _CARRIES_PAYLOAD = {FrameType.OPEN, FrameType.DATA, FrameType.ERROR, FrameType.START, FrameType.EXIT}
@@ -75,6 +81,8 @@ class Open:
     port: int = 0
     tty: bool = False
     stdin: bool = False
+    direct: bool = False
+    """The host takes the descriptor instead, if the agent can give it: of an exec's pipes, of a port's socket."""
 
 
 class StreamRefused(ProtocolError):
@@ -97,6 +105,8 @@ def encode_open(request: Open) -> bytes:
         fields["port"] = request.port
     elif request.stream == "process":
         fields |= {"tty": request.tty, "stdin": request.stdin}
+    if request.direct:
+        fields["direct"] = True
     return encode(FrameType.OPEN, 0, json.dumps(fields).encode())
 
 
@@ -110,6 +120,10 @@ def encode_ack(offset: int) -> bytes:
 
 def encode_eof(total: int) -> bytes:
     return encode(FrameType.EOF, total)
+
+
+def encode_handover(offset: int) -> bytes:
+    return encode(FrameType.HANDOVER, offset)
 
 
 def encode_gap(first: int) -> bytes:
@@ -156,17 +170,22 @@ def decode_open(frame: Frame) -> Open:
         raise ProtocolError("stdio: OPEN of an unknown stream")
     if type(start) is not int or not 0 <= start <= MAX_OFFSET:
         raise ProtocolError("stdio: OPEN with a malformed offset")
-    tty, stdin = fields.get("tty", False), fields.get("stdin", False)
-    if not isinstance(tty, bool) or not isinstance(stdin, bool):
+    tty, stdin, direct = (fields.get(name, False) for name in ("tty", "stdin", "direct"))
+    if not isinstance(tty, bool) or not isinstance(stdin, bool) or not isinstance(direct, bool):
         raise ProtocolError("stdio: OPEN with malformed flags")
-    return Open(container, stream, exec_id, start, tty=tty, stdin=stdin)
+    if direct and (not exec_id or start or stream == "process"):
+        raise ProtocolError(f"stdio: {stream} cannot be handed over")
+    return Open(container, stream, exec_id, start, tty=tty, stdin=stdin, direct=direct)
 
 
 def _decode_port(fields: dict[str, object]) -> Open:
     port = fields.get("port")
     if type(port) is not int or not 0 < port < 65536 or fields.get("container") or fields.get("exec"):
         raise ProtocolError("stdio: OPEN with a malformed port")
-    return Open("", "port", port=port)
+    direct = fields.get("direct", False)
+    if not isinstance(direct, bool):
+        raise ProtocolError("stdio: OPEN with malformed flags")
+    return Open("", "port", port=port, direct=direct)
 
 
 class FrameDecoder:
@@ -219,6 +238,12 @@ def _check(number: int, reserved: int, length: int, offset: int) -> FrameType:
     return kind
 
 
+def check_handover(request: Open, frame: Frame, offset: int) -> None:
+    """Raises ProtocolError unless it was asked for, and goes on where the stream is."""
+    if not request.direct or frame.offset != offset:
+        raise ProtocolError(f"stdio: HANDOVER at {frame.offset} that was not asked for, or not there")
+
+
 class _Receiver:
     """In-order reception with cumulative acknowledgement; what both directions share."""
 
@@ -257,13 +282,13 @@ class HostReader(_Receiver):
     """The host's side of one connection that reads stdout or stderr.
 
     Send `start()`, feed what arrives, handle the DATA frames, send `ack()`. Gaps move `offset` and count in
-    `gap_bytes`. A connection that ends while `eof` is False has failed.
+    `gap_bytes`. A connection that ends while `eof` is False has failed. Once `handed_over`, nothing more comes.
     """
 
     def __init__(self, request: Open) -> None:
         super().__init__(request.from_offset)
         self.request = request
-        self.opened = False
+        self.opened = self.handed_over = False
         self.gap_bytes = 0
         self._decoder = FrameDecoder()
 
@@ -280,6 +305,8 @@ class HostReader(_Receiver):
             kind = frame.type
             if kind is FrameType.ERROR:
                 raise StreamRefused(bytes(frame.payload).decode(errors="replace"))
+            if self.handed_over:
+                raise ProtocolError(f"stdio: {kind.name} after HANDOVER")
             if not self.opened:
                 if kind is not FrameType.OPENED:
                     raise ProtocolError(f"stdio: {kind.name} where OPENED was due")
@@ -294,6 +321,9 @@ class HostReader(_Receiver):
                 if self.eof:
                     raise ProtocolError("stdio: GAP after EOF")
                 self._skip(frame.offset)
+            elif kind is FrameType.HANDOVER and not self.eof:
+                check_handover(self.request, frame, self.offset)
+                self.handed_over = True
             else:
                 raise ProtocolError(f"stdio: {kind.name} from a sender")
         return out
@@ -398,7 +428,7 @@ class StdinSender:
     def __init__(self, request: Open) -> None:
         self.request = request
         self.offset = self.acked = 0
-        self.opened = self.finished = False
+        self.opened = self.finished = self.handed_over = False
         self._decoder = FrameDecoder()
 
     def start(self) -> bytes:
@@ -431,6 +461,9 @@ class StdinSender:
                 if frame.type is not FrameType.OPENED or frame.offset:
                     raise ProtocolError(f"stdio: {frame.type.name} where OPENED was due")
                 self.opened = True
+            elif frame.type is FrameType.HANDOVER and not self.handed_over:
+                check_handover(self.request, frame, self.offset)
+                self.handed_over = True
             elif frame.type is not FrameType.ACK or not self.acked <= frame.offset <= self.offset:
                 raise ProtocolError(f"stdio: {frame.type.name} of {frame.offset} from a stdin")
             else:

@@ -12,13 +12,14 @@ from typing import Any
 from hyperpod.errors import GuestError, HyperpodError, InvalidArgument, Unavailable
 from hyperpod.logs import printable
 from hyperpod.shim.dialer import AgentDialer
+from hyperpod.shim.sessions.direct import PipeEnd, connect, taken
 from hyperpod.shim.sessions.session import ClientGone, Session, first
 from hyperpod.shim.sessions.socket import StreamSocket
 from hyperpod.shim.sessions.spec import SessionSpec
 from hyperpod.shim.sessions.stdin import InputQueue, SharedStdins, StdinLink
 from hyperpod.shim.sessions.tap import Fanout, Tap
 from hyperpod.wire.outcome import Outcome
-from hyperpod.wire.process import HostProcess, encode_resize
+from hyperpod.wire.process import OUTPUT_GRACE, HostProcess, encode_resize
 from hyperpod.wire.remotecommand import (
     Channel,
     Left,
@@ -114,6 +115,7 @@ class ExecSession(CommandSession):
         self._dialer = dialer
         request = Open(spec.container, "process", spec.exec_id, tty=spec.tty, stdin=spec.wanted.stdin)
         self._process = HostProcess(request, process)
+        self._pipes: set[PipeEnd] = set()
         try:
             self._program = repr(json.loads(process)["args"][0][:200])
         except (ValueError, LookupError, TypeError) as exc:
@@ -143,13 +145,11 @@ class ExecSession(CommandSession):
         while True:
             process.feed(data)
             if process.exit is not None or (started and process.opened):
-                return
-            try:
-                data = await link.receive()
-            except OSError as exc:
-                raise Unavailable(f"the process was lost: {exc.strerror}") from exc
-            if not data:
-                raise Unavailable("the process was lost: its sandbox or agent has gone")
+                break
+            data = await _receive(link, "the process")
+        if process.exit is not None:
+            for pipe in self._pipes:
+                pipe.end_when_idle(OUTPUT_GRACE)
 
     async def _relay(self, link: StreamSocket) -> Outcome:
         stdin = asyncio.ensure_future(self._stdin()) if self.spec.wanted.stdin else None
@@ -167,32 +167,46 @@ class ExecSession(CommandSession):
         return Outcome(self._process.exit.code)
 
     async def _output(self, stream: str) -> None:
-        channel, loop = _CHANNELS[stream], asyncio.get_running_loop()
+        channel = _CHANNELS[stream]
         wanted = self.spec.wanted.stdout if channel is Channel.STDOUT else self.spec.wanted.stderr
-        sock, data = await self._dialer.open()
-        with sock:
-            reader = HostReader(Open(self.spec.container, stream, self.spec.exec_id))
-            try:
-                await loop.sock_sendall(sock, reader.start())
-                while True:
-                    for frame in reader.feed(data):
-                        if wanted:
-                            await self.to_client(channel, frame.payload)
-                    if reader.gap_bytes:
-                        raise GuestError(f"{reader.gap_bytes} bytes of {stream} are lost")
-                    if reader.offset - reader.acked >= ACK_EVERY or reader.eof:
-                        await loop.sock_sendall(sock, reader.ack(reader.offset))
-                    if reader.eof:
-                        break
-                    data = await loop.sock_recv(sock, 2 * ACK_EVERY)
-                    if not data:
-                        raise Unavailable(f"{stream} was lost: its sandbox or agent has gone")
-            except OSError as exc:
-                raise Unavailable(f"{stream} was lost: {exc.strerror}") from exc
+        request = Open(self.spec.container, stream, self.spec.exec_id, direct=self._dialer.direct)
+        reader = HostReader(request)
+        link, data = await connect(self._dialer)
+        try:
+            link.write([reader.start()])
+            while True:
+                for frame in reader.feed(data):
+                    if wanted:
+                        await self.to_client(channel, frame.payload)
+                if reader.gap_bytes:
+                    raise GuestError(f"{reader.gap_bytes} bytes of {stream} are lost")
+                if reader.handed_over:
+                    with PipeEnd(taken(link)) as pipe:
+                        await self._from_pipe(pipe, channel, wanted=wanted)
+                    break
+                if reader.offset - reader.acked >= ACK_EVERY or reader.eof:
+                    link.write([reader.ack(reader.offset)])
+                if reader.eof:
+                    break
+                data = await _receive(link, stream)
+        finally:
+            link.close()
         self.ended(channel)
 
+    async def _from_pipe(self, pipe: PipeEnd, channel: Channel, *, wanted: bool) -> None:
+        if self._process.exit is not None:
+            pipe.end_when_idle(OUTPUT_GRACE)
+        self._pipes.add(pipe)
+        try:
+            while data := await pipe.read():
+                if wanted:
+                    await self.to_client(channel, data)
+        finally:
+            self._pipes.discard(pipe)
+
     async def _stdin(self) -> None:
-        link = StdinLink(self._dialer, self.spec.container, self.spec.exec_id)
+        direct = self._dialer.direct
+        link = StdinLink(self._dialer, Open(self.spec.container, "stdin", self.spec.exec_id, direct=direct))
         try:
             await link.open()
             await link.pump(self.input)
@@ -282,3 +296,14 @@ class AttachSession(CommandSession):
             self._control = None
             with contextlib.suppress(OSError):
                 link.close()
+
+
+async def _receive(link: StreamSocket, what: str) -> bytes:
+    """Raises Unavailable at the end, too."""
+    try:
+        data = await link.receive()
+    except OSError as exc:
+        raise Unavailable(f"{what} was lost: {exc.strerror}") from exc
+    if not data:
+        raise Unavailable(f"{what} was lost: its sandbox or agent has gone")
+    return data

@@ -7,11 +7,11 @@ import contextlib
 import logging
 import socket
 
-from hyperpod.errors import HyperpodError, Unavailable
+from hyperpod.errors import HyperpodError
 from hyperpod.logs import printable
 from hyperpod.shim.dialer import AgentDialer
+from hyperpod.shim.sessions.port import PodPort, open_port
 from hyperpod.shim.sessions.session import ClientGone, Session, first
-from hyperpod.shim.sessions.socket import StreamSocket
 from hyperpod.shim.sessions.spec import SessionSpec
 from hyperpod.shim.sessions.stdin import InputQueue
 from hyperpod.tasks import TaskOwner
@@ -25,7 +25,6 @@ from hyperpod.wire.portforward import (
     ForwardLeft,
     port_forward,
 )
-from hyperpod.wire.portpipe import HostPort
 
 log = logging.getLogger(__name__)
 
@@ -122,55 +121,21 @@ class ForwardSession(Session):
 
     async def _relay(self, ident: int, one: Forwarded) -> None:
         """Raises HyperpodError, ExceptionGroup."""
-        sock, data = await self._dialer.open()
-        link, pipe = StreamSocket(sock), HostPort(one.port)
+        port = await open_port(self._dialer, one.port)
         try:
-            link.write([pipe.start()])
-            early = pipe.feed(data)
-            while not pipe.opened:
-                early += pipe.feed(await _receive(link))
             async with asyncio.TaskGroup() as group:
-                up = group.create_task(self._up(link, pipe, one))
-                await self._down(ident, link, pipe, early)
+                up = group.create_task(self._up(port, one))
+                while payloads := await port.receive():
+                    for payload in payloads:
+                        await self.to_client(ident, payload)
+                self.protocol.end(ident)
+                self.flush()
                 if not self.protocol.half_close:
                     up.cancel()
         finally:
-            link.close()
+            port.close()
 
-    async def _up(self, link: StreamSocket, pipe: HostPort, one: Forwarded) -> None:
+    async def _up(self, port: PodPort, one: Forwarded) -> None:
         while pieces := await one.up.take(_AT_ONCE):
-            for piece in pieces:
-                link.write(pipe.data(piece))
-            await _drain(link)
-        link.write([pipe.finish()])
-        await _drain(link)
-
-    async def _down(
-        self, ident: int, link: StreamSocket, pipe: HostPort, payloads: list[bytes | memoryview]
-    ) -> None:
-        while True:
-            for payload in payloads:
-                await self.to_client(ident, payload)
-            if pipe.ended:
-                self.protocol.end(ident)
-                self.flush()
-                return
-            payloads = pipe.feed(await _receive(link))
-
-
-async def _receive(link: StreamSocket) -> bytes:
-    """Raises Unavailable at the end."""
-    try:
-        data = await link.receive()
-    except OSError as exc:
-        raise Unavailable(f"the sandbox's agent went away: {exc.strerror}") from exc
-    if not data:
-        raise Unavailable("the sandbox's agent went away")
-    return data
-
-
-async def _drain(link: StreamSocket) -> None:
-    try:
-        await link.drain()
-    except OSError as exc:
-        raise Unavailable(f"the sandbox's agent went away: {exc.strerror}") from exc
+            await port.send(pieces)
+        await port.end()

@@ -21,6 +21,40 @@ _BATCH = 64
 """Buffers for one sendmsg(2); Linux takes 1024, but a socket's room is used up long before."""
 _LINGER = 5.0
 _LOOK = 1.0
+_TURN = 4
+
+
+def resolve(waiter: asyncio.Future[bool], value: bool) -> None:
+    """For whoever may be called twice."""
+    if not waiter.done():
+        waiter.set_result(value)
+
+
+def first_batch(queue: deque[Buffer]) -> list[Buffer]:
+    """What one gathering write takes."""
+    return [queue[i] for i in range(min(len(queue), _BATCH))]
+
+
+def drop_sent(queue: deque[Buffer], count: int) -> None:
+    """So many bytes of the queue have been written."""
+    while count:
+        buffer = queue.popleft()
+        if count < len(buffer):
+            queue.appendleft(memoryview(buffer)[count:])
+            return
+        count -= len(buffer)
+
+
+class Turns:
+    """A reader that always finds something must not keep the loop from everybody else."""
+
+    def __init__(self) -> None:
+        self._taken = 0
+
+    async def take(self) -> None:
+        self._taken += 1
+        if self._taken % _TURN == 0:
+            await asyncio.sleep(0)
 
 
 class StreamSocket:
@@ -34,14 +68,32 @@ class StreamSocket:
         self._writing = False
         self._failure: OSError | None = None
         self._waiters: list[asyncio.Future[None]] = []
+        self._turns = Turns()
         self.active = self._loop.time()
         """When bytes last went either way, loop time."""
 
     async def receive(self) -> bytes:
         """The next bytes, empty at the end. Raises OSError."""
-        data = await self._loop.sock_recv(self._sock, CHUNK)
-        self.active = self._loop.time()
-        return data
+        await self._turns.take()
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                data = self._receive()
+                self.active = self._loop.time()
+                return data
+            await self._readable()
+
+    def _receive(self) -> bytes:
+        """Raises OSError, BlockingIOError."""
+        return self._sock.recv(CHUNK)
+
+    async def _readable(self) -> None:
+        fd, waiter = self._sock.fileno(), self._loop.create_future()
+        self._loop.add_reader(fd, resolve, waiter, True)
+        try:
+            await waiter
+        finally:
+            if self._sock.fileno() == fd:  # else it is somebody else's by now
+                self._loop.remove_reader(fd)
 
     def write(self, buffers: Iterable[Buffer]) -> None:
         """Queue, and send what the socket takes now. Of a socket that has failed, `drain` tells."""
@@ -80,12 +132,16 @@ class StreamSocket:
         poll.register(self._sock, select.POLLRDHUP)
         return bool(poll.poll(0))
 
+    async def shut(self) -> None:
+        """Everything out, and then the end of this direction. Raises OSError."""
+        await self.drain(0)
+        self._sock.shutdown(socket.SHUT_WR)
+
     async def finish(self) -> None:
         """Everything out, then wait a little for the other side to go first: a reset would destroy what it has
         not read yet."""
         with contextlib.suppress(OSError):
-            await self.drain(0)
-            self._sock.shutdown(socket.SHUT_WR)
+            await self.shut()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_LINGER):
                     while await self._loop.sock_recv(self._sock, CHUNK):
@@ -102,9 +158,8 @@ class StreamSocket:
     def _flush(self) -> None:
         queue = self._queue
         while queue:
-            batch = [queue[i] for i in range(min(len(queue), _BATCH))]
             try:
-                sent = self._sock.sendmsg(batch)
+                sent = self._sock.sendmsg(first_batch(queue))
             except BlockingIOError:
                 if not self._writing:
                     self._writing = True
@@ -115,12 +170,7 @@ class StreamSocket:
                 return
             self.active = self._loop.time()
             self._queued -= sent
-            for buffer in batch:
-                queue.popleft()
-                if sent < len(buffer):
-                    queue.appendleft(memoryview(buffer)[sent:])
-                    break
-                sent -= len(buffer)
+            drop_sent(queue, sent)
         else:
             self._stop_writing()
         self._wake()

@@ -9,6 +9,7 @@ from collections import deque
 
 from hyperpod.errors import HyperpodError, Unavailable
 from hyperpod.shim.dialer import AgentDialer
+from hyperpod.shim.sessions.direct import PipeEnd, connect, taken
 from hyperpod.shim.sessions.socket import StreamSocket
 from hyperpod.wire.stdio import Open, StdinSender, StreamRefused
 
@@ -80,9 +81,10 @@ class InputQueue:
 class StdinLink:
     """One connection to the stdin of a process; several attached clients may share it."""
 
-    def __init__(self, dialer: AgentDialer, container: str, exec_id: str = "") -> None:
+    def __init__(self, dialer: AgentDialer, request: Open) -> None:
         self._dialer = dialer
-        self._sender = StdinSender(Open(container, "stdin", exec_id))
+        self._sender = StdinSender(request)
+        self._pipe: PipeEnd | None = None
         self._turn = asyncio.Lock()
         self._socket: StreamSocket | None = None
         self._acks: asyncio.Task[None] | None = None
@@ -92,13 +94,14 @@ class StdinLink:
 
     async def open(self) -> None:
         """Raises StreamRefused (the process has no stdin), Unavailable."""
-        sock, data = await self._dialer.open()
-        self._socket = link = StreamSocket(sock)
-        link.write([self._sender.start()])
-        self._acks = asyncio.ensure_future(self._read(link, data))
+        self._socket, data = await connect(self._dialer)
+        self._socket.write([self._sender.start()])
+        self._acks = asyncio.ensure_future(self._read(self._socket, data))
         await self._opened.wait()
         if self._failure is not None:
             raise self._failure
+        if self._sender.handed_over:
+            self._pipe = PipeEnd(taken(self._socket))
 
     async def _read(self, link: StreamSocket, data: bytes) -> None:
         try:
@@ -121,6 +124,9 @@ class StdinLink:
     async def pump(self, queue: InputQueue) -> None:
         """Bring the queue's bytes to the process until it ends. Raises Unavailable when that stops working."""
         assert self._socket is not None
+        if self._pipe is not None:
+            await _fill(self._pipe, queue)
+            return
         while True:
             async with self._turn:
                 room = await self._room(1)
@@ -145,6 +151,8 @@ class StdinLink:
     async def end(self) -> None:
         """The process sees the end of its input."""
         async with self._turn:
+            if self._pipe is not None:
+                self._pipe.close()  # and by the EOF the agent closes its own
             if self._socket is not None and self._failure is None and not self._sender.finished:
                 self._socket.write([self._sender.finish()])
                 self._moved.set()
@@ -169,6 +177,8 @@ class StdinLink:
     async def close(self) -> None:
         """At once."""
         await self._stop_reading()
+        if self._pipe is not None:
+            self._pipe.close()
         if self._socket is not None:
             self._socket.close()
 
@@ -176,6 +186,15 @@ class StdinLink:
         if self._acks is not None:
             self._acks.cancel()
             await asyncio.gather(self._acks, return_exceptions=True)
+
+
+async def _fill(pipe: PipeEnd, queue: InputQueue) -> None:
+    """Raises Unavailable: the process reads no more."""
+    try:
+        while pieces := await queue.take(LIMIT):
+            await pipe.write(pieces)
+    except OSError as exc:
+        raise Unavailable(f"the process's stdin: {exc.strerror}") from exc
 
 
 class SharedStdins:
@@ -209,7 +228,7 @@ class SharedStdins:
         async with self._changing:
             link, users = self._links.get(container, (None, 0))
             if link is None:
-                link = StdinLink(self._dialer, container)
+                link = StdinLink(self._dialer, Open(container, "stdin"))
                 try:
                     await link.open()
                 except BaseException:

@@ -68,14 +68,16 @@ class Limits:
     headers: int = 128
     streams: int = 1024
     """Opened by the peer, at once; more are refused."""
+    window: int = frames.INITIAL_WINDOW
+    """Bytes that may be under way, per stream and in all: an update is sent for each half of it."""
 
 
 class _Stream:
     __slots__ = ("local", "receive", "remote", "send")
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, receive: int) -> None:
         self.local = self.remote = Half.IDLE
-        self.send, self.receive = SendWindow(window), ReceiveWindow()
+        self.send, self.receive = SendWindow(window), ReceiveWindow(receive)
 
 
 class Connection:
@@ -93,7 +95,7 @@ class Connection:
         self._remote_count = 0
         self._peer_max_streams = frames.MAX_ID
         self._initial_send = frames.INITIAL_WINDOW
-        self._send, self._receive = SendWindow(), ReceiveWindow()
+        self._send, self._receive = SendWindow(), ReceiveWindow(limits.window)
         self._heeding = flow_control is FlowControl.OBEYED
         self._giving = flow_control is not FlowControl.NONE
         self._compressor = HeaderCompressor()
@@ -147,7 +149,7 @@ class Connection:
             raise LocalProtocolError("the session has used up its stream numbers")
         block = self._compressor.encode(headers)
         self._next_stream += 2
-        made = self._streams[number] = _Stream(self._initial_send)
+        made = self._streams[number] = _Stream(self._initial_send, self._limits.window)
         made.local = step(Half.IDLE, Sends.SYN_FIN if fin else Sends.SYN)
         made.remote = Half.MUST_REPLY
         self._out.append(frames.syn_stream(number, 0, priority, block, FLAG_FIN if fin else 0))
@@ -401,7 +403,7 @@ class Connection:
             self._out.append(frames.rst_stream(stream, ResetStatus.REFUSED_STREAM))
             return
         fin, unidirectional = bool(frame.flags & FLAG_FIN), bool(frame.flags & FLAG_UNIDIRECTIONAL)
-        made = self._streams[stream] = _Stream(self._initial_send)
+        made = self._streams[stream] = _Stream(self._initial_send, self._limits.window)
         self._remote_count += 1
         made.remote = step(Half.IDLE, Sends.SYN)
         made.local = Half.DONE if unidirectional else Half.MUST_REPLY

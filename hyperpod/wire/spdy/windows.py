@@ -37,11 +37,11 @@ class SendWindow:
 
 
 class ReceiveWindow:
-    """What the peer may still send."""
+    """What the peer may still send: first the protocol's size, from the first update on `size`."""
 
     def __init__(self, size: int = INITIAL_WINDOW) -> None:
-        self._size = size
-        self.left = size
+        self._size = self.left = INITIAL_WINDOW
+        self._growth = max(0, size - INITIAL_WINDOW)
         self._consumed = 0
 
     def consume(self, count: int) -> int:
@@ -49,6 +49,8 @@ class ReceiveWindow:
         self._consumed += count
         if self._consumed * 2 < self._size:
             return 0
-        delta, self._consumed = self._consumed, 0
+        delta = self._consumed + self._growth
+        self._size += self._growth
+        self._consumed = self._growth = 0
         self.left += delta
         return delta
