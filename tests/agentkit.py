@@ -53,6 +53,7 @@ APPLETS = (
         "df",
         "tail",
         "mknod",
+        "readlink",
     ),
 )
 

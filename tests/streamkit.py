@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -24,6 +25,7 @@ from hyperpod.shimclient.client import ShimClient
 from hyperpod.spec.oci import ContainerSpecInput, build_process
 from hyperpod.streaming.server import StreamingServer
 from hyperpod.streaming.tokens import Target, Tokens
+from hyperpod.vsock.dial import Endpoint, HostEndpoint, HybridEndpoint
 from hyperpod.wire.remotecommand import Wanted
 from hyperpod.wire.upgrade import Upgrade
 from tests.agentkit import TIMEOUT, AgentKit
@@ -45,8 +47,16 @@ class Known:
 class StreamPod:
     """A claimed agent with containers, its shim, and a streaming server that knows only them."""
 
-    def __init__(self, agent: AgentKit, parent: SupervisorProcess, config: StreamingConfig) -> None:
+    def __init__(
+        self,
+        agent: AgentKit,
+        parent: SupervisorProcess,
+        config: StreamingConfig,
+        endpoint: Endpoint | None = None,
+    ) -> None:
         self.agent, self.parent = agent, parent
+        self._endpoint = endpoint or agent.place.endpoint
+        self.hands_over = isinstance(self._endpoint, HostEndpoint)
         self.id = agent.place.sandbox_id
         self.directory = parent.run_dir / "s" / self.id[:12]
         self.directory.mkdir(mode=0o700)
@@ -63,7 +73,7 @@ class StreamPod:
                 sandbox_id=self.id, directory=str(self.directory), uid=0, gid=0, device=False, resume=False
             )
         await self.shim.connect(WAIT)
-        await self.shim.agent(self.agent.place.endpoint, self.agent.place.token)
+        await self.shim.agent(self._endpoint, self.agent.place.token)
         await self.server.listen()
 
     def log(self, container: str) -> bytes:
@@ -258,9 +268,48 @@ async def tunnelled(url: str) -> AsyncIterator[SpdyClient]:
 
 
 @asynccontextmanager
-async def stream_pod(agent: AgentKit, config: StreamingConfig) -> AsyncIterator[StreamPod]:
-    with supervisor() as parent:
-        made = StreamPod(agent, parent, config)
+async def as_guest(agent: AgentKit) -> AsyncIterator[HybridEndpoint]:
+    """The host agent behind a socket such as a VM's: bytes pass, descriptors do not."""
+    assert isinstance(agent.place.endpoint, HostEndpoint)
+    directory = agent.place.endpoint.directory
+    running: set[asyncio.Task[Any]] = set()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(262144):
+                writer.write(data)
+                await writer.drain()
+            writer.write_eof()
+        except OSError:  # so it breaks for the other side, too
+            writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        running.add(asyncio.current_task())  # type: ignore[arg-type]
+        port = int((await reader.readline()).removeprefix(b"CONNECT "))
+        inner, other = await asyncio.open_unix_connection(f"{directory}/{port}.sock")
+        writer.write(b"OK 1\n")
+        try:
+            await asyncio.gather(pump(reader, other), pump(inner, writer))
+        finally:
+            writer.close()
+            other.close()
+
+    path = f"{directory}/guest.sock"
+    async with await asyncio.start_unix_server(serve, path, backlog=1024, limit=1 << 20):
+        yield HybridEndpoint(path)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+@asynccontextmanager
+async def stream_pod(
+    agent: AgentKit, config: StreamingConfig, *, guest: bool = False
+) -> AsyncIterator[StreamPod]:
+    """`guest`: as if the agent were in a VM."""
+    async with contextlib.AsyncExitStack() as stack:
+        endpoint = await stack.enter_async_context(as_guest(agent)) if guest else None
+        made = StreamPod(agent, stack.enter_context(supervisor()), config, endpoint)
         await made.start()
         try:
             yield made

@@ -19,9 +19,11 @@ from tests.agentkit import TIMEOUT, AgentKit
 from tests.streamkit import StreamPod, WebSocket, stream_pod, tunnelled
 
 
-@pytest.fixture
-async def pod(agent: AgentKit) -> AsyncIterator[StreamPod]:
-    async with stream_pod(agent, StreamingConfig(creation_timeout=1.0)) as made:
+@pytest.fixture(params=["host", "guest"])
+async def pod(agent: AgentKit, request: pytest.FixtureRequest) -> AsyncIterator[StreamPod]:
+    """Of the host, whose agent hands pipes and sockets over, and as a VM, where all goes in frames."""
+    config = StreamingConfig(creation_timeout=1.0)
+    async with stream_pod(agent, config, guest=request.param == "guest") as made:
         yield made
 
 

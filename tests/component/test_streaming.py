@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -18,9 +20,11 @@ from tests.shimkit import WAIT, eventually, payload
 from tests.streamkit import ALL, OUT, TTY, Command, StreamPod, WebSocket, exit_code, stream_pod
 
 
-@pytest.fixture
-async def pod(agent: AgentKit) -> AsyncIterator[StreamPod]:
-    async with stream_pod(agent, StreamingConfig(creation_timeout=2.0)) as made:
+@pytest.fixture(params=["host", "guest"])
+async def pod(agent: AgentKit, request: pytest.FixtureRequest) -> AsyncIterator[StreamPod]:
+    """Of the host, whose agent hands pipes and sockets over, and as a VM, where all goes in frames."""
+    config = StreamingConfig(creation_timeout=2.0)
+    async with stream_pod(agent, config, guest=request.param == "guest") as made:
         yield made
 
 
@@ -48,6 +52,41 @@ async def test_exec_with_input_to_its_end(pod: StreamPod) -> None:
     await writing
     assert hashlib.sha256(out).digest() == hashlib.sha256(data).digest()
     assert exit_code(status) == 0
+
+
+async def test_exec_that_closes_its_input(pod: StreamPod) -> None:
+    container = await pod.run("sleep", "1000")
+    script = "exec <&-; sleep 0.3; echo done"
+    command = await Command.open(pod.exec_url(container, "sh", "-c", script, wanted=ALL), ALL)
+    for _ in range(50):
+        await command.write(bytes(100_000))
+    await command.end()
+    out, _, status = await command.result()
+    assert (out, exit_code(status)) == (b"done\n", 0)
+
+
+async def test_who_reads_what_an_exec_prints(pod: StreamPod) -> None:
+    """On the host the shim, from the process's own pipe, and nothing of it is left afterwards."""
+    container, pid = await pod.run("sleep", "1000"), (await pod.shim.hello()).pid
+    before = pipes(pid)
+    script = "readlink /proc/self/fd/1; cat"
+    command = await Command.open(pod.exec_url(container, "sh", "-c", script, wanted=ALL), ALL)
+    name = (await command.until(b"\n")).decode().strip()
+    assert name.startswith("pipe:")
+    assert (name in pipes(pid)) == pod.hands_over
+    await eventually(lambda: len(pipes(pid) - before) == (3 if pod.hands_over else 0))
+    await command.end()
+    assert (await command.result())[0] == b""
+    await eventually(lambda: pipes(pid) == before)
+
+
+def pipes(pid: int) -> set[str]:
+    """Of the process's descriptors."""
+    found = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.add(str(entry.readlink()))
+    return {link for link in found if link.startswith("pipe:")}
 
 
 async def test_exec_on_a_terminal(pod: StreamPod) -> None:

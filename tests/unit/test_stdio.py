@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hyperpod.errors import ProtocolError
 from hyperpod.wire import stdio
+from hyperpod.wire.portpipe import HostPort
 from hyperpod.wire.stdio import (
     HEADER,
     MAX_PAYLOAD,
@@ -51,9 +52,9 @@ def test_data_survives_any_cuts(data: bytes, offset: int, cuts: list[int]) -> No
 
 @given(st.sampled_from(["stdin", "stdout", "stderr"]), st.sampled_from(["", EXEC]), st.integers(0, 2**63 - 1))
 def test_open_round_trip(stream: str, exec_id: str, offset: int) -> None:
-    request = Open(CONTAINER, stream, exec_id, offset)
-    [frame] = FrameDecoder().feed(stdio.encode_open(request))
-    assert stdio.decode_open(frame) == request
+    for request in (Open(CONTAINER, stream, exec_id, offset), Open(CONTAINER, stream, EXEC, direct=True)):
+        [frame] = FrameDecoder().feed(stdio.encode_open(request))
+        assert stdio.decode_open(frame) == request
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,50 @@ def test_exactly_once_over_reconnects(data: st.DataObject) -> None:
     again = HostReader(Open(CONTAINER, "stdout", from_offset=len(source)))
     assert again.feed(sender.attach(len(source)) + joined(sender.take())) == []
     assert again.eof
+
+
+def test_a_stream_that_is_handed_over() -> None:
+    """What was read before comes first; then nothing does, and what was not asked for is refused."""
+    sender, reader = AgentSender(), HostReader(Open(CONTAINER, "stdout", EXEC, direct=True))
+    sender.feed(b"before")
+    frames = sender.attach(0) + joined(sender.take())
+    assert [f.payload for f in reader.feed(frames)] == [b"before"]
+    assert not reader.handed_over
+    assert reader.feed(stdio.encode_handover(6)) == []
+    assert (reader.handed_over, reader.eof) == (True, False)
+    for more in (stdio.encode_handover(6), stdio.encode_eof(6), joined(stdio.encode_data(6, b"x"))):
+        with pytest.raises(ProtocolError, match="after HANDOVER"):
+            reader.feed(more)
+    for late in (
+        HostReader(Open(CONTAINER, "stdout", EXEC)),
+        HostReader(Open(CONTAINER, "stdout", EXEC, direct=True)),
+        StdinSender(Open(CONTAINER, "stdin", EXEC)),
+        HostPort(80),
+    ):
+        offset = 1 if isinstance(late, HostReader) and late.request.direct else 0
+        with pytest.raises(ProtocolError, match="HANDOVER"):
+            late.feed(stdio.encode_opened(0) + stdio.encode_handover(offset))
+
+
+def test_an_input_and_a_port_that_are_handed_over() -> None:
+    frames = stdio.encode_opened(0) + stdio.encode_handover(0)
+    for one in (StdinSender(Open(CONTAINER, "stdin", EXEC, direct=True)), HostPort(80, direct=True)):
+        one.feed(frames)
+        assert one.handed_over
+        with pytest.raises(ProtocolError):
+            one.feed(stdio.encode_handover(0))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [Open(CONTAINER, "stdout", direct=True), Open(CONTAINER, "stdout", EXEC, 1, direct=True),
+     Open(CONTAINER, "process", EXEC, direct=True)],
+)  # fmt: skip
+def test_what_cannot_be_handed_over(request_: Open) -> None:
+    """A container's own output is kept until it is in the log."""
+    [frame] = FrameDecoder().feed(stdio.encode_open(request_))
+    with pytest.raises(ProtocolError, match="handed over"):
+        stdio.decode_open(frame)
 
 
 def test_what_is_gone_is_a_gap() -> None:
