@@ -151,6 +151,7 @@ async def running(config: Config) -> AsyncIterator[RpcServer]:
             images=images,
             networks=networks,
             stats=StatsReader(sandboxes, containers, collector, config.state_dir),
+            userns=sandboxes.userns,
         )
         server = RpcServer(
             [RuntimeService(ports, config, hypervisor), ImageService(ports, config), AdminService(ports)]

@@ -21,7 +21,7 @@ from hyperpod.agent.crun import Crun
 from hyperpod.agent.events import State, Status
 from hyperpod.agent.layers import Layers, LayerSource
 from hyperpod.agent.layout import Layout
-from hyperpod.agent.process import ConsoleSocket, Pipes, ProcessIO
+from hyperpod.agent.process import ConsoleSocket, Pipes, ProcessIO, null_device
 from hyperpod.agent.quota import Quota
 from hyperpod.agent.reaper import Reaper
 from hyperpod.agent.resources import adapt
@@ -33,6 +33,7 @@ from hyperpod.tasks import TaskOwner, bounded
 if TYPE_CHECKING:
     from hyperpod.agent.hostplace import HostProcesses
     from hyperpod.agent.imagemount import ImageVolume
+    from hyperpod.agent.userns import PodUser
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +54,18 @@ class Tools:
         host: HostProcesses | None = None,
     ) -> None:
         self.host = host
+        self.user: PodUser | None = None
         self.layout, self.cgroups, self.reaper, self.owner = layout, cgroups, reaper, owner
         self.crun = Crun(layout, reaper)
         self.layers = Layers(layout)
         self.quota = Quota(layout)
         self.share = Share(layout)
         self._consoles = 0
+        self._null = ""
+
+    def use(self, user: PodUser | None) -> None:
+        """The pod's user namespace, before the first container."""
+        self.user = self.layers.user = user
 
     def console(self) -> ConsoleSocket:
         self._consoles += 1
@@ -68,11 +75,13 @@ class Tools:
         self,
         io: ProcessIO,
         variables: envexec.Variables | None,
+        user: dict[str, Any],
         call: Callable[[list[int], str | None], Any],
     ) -> tuple[int, asyncio.Future[int]]:
-        """Run crun with the process's streams; gives pid and exit code. When it fails, one that could not
-        be given its `variables` may still be about to end, and nothing else is left."""
-        pipes = Pipes(io)
+        """Run crun with the process's streams, for an OCI `user`; gives pid and exit code. When it fails, one that
+        could not be given its `variables` may still be about to end, and nothing else is left."""
+        self._null = self._null or null_device()
+        pipes = Pipes(io, self._null, self.user.owner(user) if self.user else None)
         console = handover = None
         try:
             console = self.console() if io.tty else None
@@ -128,6 +137,7 @@ class Exec:
             pid, exited = await tools.launch(
                 self.io,
                 variables,
+                process["user"],
                 lambda child, console: tools.crun.exec(
                     self.container.id,
                     self.id,
@@ -242,16 +252,22 @@ class Container:
         self._serials = [layer.serial for layer in every]
         try:
             self.tools.quota.watch(self.id)
-            spec["root"]["path"] = rootfs.mount_overlay(layout, self.id, numbers[: len(layers)])
+            spec["root"]["path"] = rootfs.mount_overlay(
+                layout, self.id, numbers[: len(layers)], self.tools.user
+            )
             if volumes:
                 await self._mount_volumes(spec, volumes, numbers[len(layers) :])
             spec["linux"]["cgroupsPath"] = self.cgroup
             spec["linux"]["resources"] = adapt(self.tools.cgroups, spec["linux"]["resources"])
             spec["process"]["terminal"] = self.io.tty
             if wanted is not None:
-                self.environment = await security.apply(spec, wanted)
+                self.environment = await security.apply(
+                    spec, wanted, bind_devices=self.tools.user is not None
+                )
                 security.complete(spec["process"], self.environment)
             self.user = spec["process"]["user"]
+            if self.tools.user is not None:
+                self.tools.user.complete(spec)
             if self.tools.host is not None:
                 self.tools.host.complete(spec)
             podfiles.add_mounts(layout, spec)
@@ -286,6 +302,7 @@ class Container:
                 pid, exited = await tools.launch(
                     self.io,
                     self._variables,
+                    self.user,
                     lambda child, console: tools.crun.run(self.id, child, console),
                 )
             except (HyperpodError, OSError):

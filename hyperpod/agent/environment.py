@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import time
+from typing import TYPE_CHECKING
 
 from hyperpod.agent import linux, podfiles
 from hyperpod.agent.cgroups import ROOT as CGROUP_ROOT
@@ -18,6 +19,9 @@ from hyperpod.agent.crun import Crun
 from hyperpod.agent.layout import Layout
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from hyperpod.agent.userns import PodUser
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,8 @@ class Place:
     def __init__(self, layout: Layout, ended: asyncio.Event) -> None:
         self.layout, self._ended = layout, ended
         self._crun_version: str | None = None
+        self.user: PodUser | None = None
+        """The pod's user namespace."""
 
     async def greet(self, hello: v1.HelloRequest) -> None:
         """Take what Hello brings. Raises InvalidArgument."""
@@ -93,6 +99,8 @@ class GuestPlace(Place):
         self.set_clock(hello.host_time_ns)
         if hello.entropy:
             linux.add_entropy(hello.entropy[:ENTROPY_LIMIT])
+        if hello.userns is not None and self.user is None:
+            self.user = enter_user_namespace(hello)
         if hello.hostname:
             set_hostname(hello.hostname)
         if hello.interfaces:
@@ -101,9 +109,11 @@ class GuestPlace(Place):
             network.configure(hello.interfaces)
         # After the network: a pod's settings of its interfaces are meant for those that are there.
         for name, value in hello.sysctls.items():
-            set_sysctl(name, value)
+            set_sysctl(name, value, self.user)
         if hello.resolv_conf or hello.hosts:
             podfiles.write(self.layout, hello.resolv_conf, hello.hosts, hello.hostname)
+            if self.user is not None:
+                podfiles.give(self.layout, self.user)
 
     def set_clock(self, ns: int) -> None:
         if ns > 0:
@@ -129,15 +139,43 @@ def set_hostname(name: str) -> None:
         raise InvalidArgument(f"hostname {name[:80]!r}: {exc.strerror}") from exc
 
 
-def set_sysctl(name: str, value: str) -> None:
-    """Raises InvalidArgument when it does not exist or does not take the value."""
+def enter_user_namespace(hello: v1.HelloRequest) -> PodUser:
+    """A guest's pod gets one, with the network cards in its network namespace. Raises InvalidArgument."""
+    from hyperpod.agent import network, userns
+    from hyperpod.agent.pidholder import hold_pid_namespace
+    from hyperpod.agent.userns import IdMap
+
+    wanted = hello.userns
+    if wanted is None or wanted.uids is None or wanted.gids is None:
+        raise InvalidArgument("a user namespace without mappings")
+    uids, gids = (IdMap(ids.host_id, ids.length) for ids in (wanted.uids, wanted.gids))
+    try:
+        made = userns.Namespaces(uids, gids)
+        network.move(hello.interfaces, made.network)
+        made.enter()
+        linux.interface_up("lo")
+        made.user.own("/dev/shm")  # the pod's
+        made.user.pid_holder = hold_pid_namespace(made.user.fd)
+    except OSError as exc:
+        raise InvalidArgument(f"the guest's kernel makes no user namespace: {exc}") from exc
+    return made.user
+
+
+def set_sysctl(name: str, value: str, user: PodUser | None = None) -> None:
+    """`user`: owns the pod's namespaces. Raises InvalidArgument when it does not exist or take the value."""
     if not name or name.startswith(("/", ".")) or ".." in name:
         raise InvalidArgument(f"sysctl {name[:80]!r} is no name")
     # With a slash in it the name is written with slashes, and its dots are part of the parts.
     path = name if "/" in name else name.replace(".", "/")
     try:
-        with open(f"/proc/sys/{path}", "w") as file:
-            file.write(value)
+        try:
+            with open(f"/proc/sys/{path}", "w") as file:
+                file.write(value)
+        except PermissionError:
+            if user is None:
+                raise
+            with user.as_root(), open(f"/proc/sys/{path}", "w") as file:
+                file.write(value)
     except OSError as exc:
         raise InvalidArgument(f"sysctl {name[:80]}={value[:80]!r}: {exc.strerror}") from exc
 

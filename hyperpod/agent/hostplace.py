@@ -11,18 +11,18 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
-import signal
 from dataclasses import dataclass
 from typing import Any
 
-from hyperpod.agent import linux, podfiles, rootfs
+from hyperpod.agent import linux, podfiles, rootfs, userns
 from hyperpod.agent.cgroups import ROOT as CGROUP_ROOT
 from hyperpod.agent.cgroups import Cgroups
 from hyperpod.agent.environment import Place, set_hostname, set_sysctl
 from hyperpod.agent.layout import Layout
+from hyperpod.agent.pidholder import hold_pid_namespace
+from hyperpod.agent.userns import IdMap, PodUser
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import InvalidArgument
-from hyperpod.title import set_title
 
 SHM_SIZE = "64m"
 _CAP_SYS_RESOURCE = 24
@@ -33,7 +33,9 @@ class HostOptions:
     """`directory`: root's, for sockets and bundles. `scratch`: for writable layers, a folder of the host's disk.
 
     `cgroup`: of all containers. `netns`: path of the pod's network namespace; empty: the host's. `uts`, `ipc`,
-    `pid`: the pod has one of its own. `stdio_uid`: who may open streams, beside root; `None` is nobody.
+    `pid`: the pod has one of its own. `uids`, `gids`: the line of the map of the user namespace that the network
+    namespace belongs to; empty: the pod has none of its own. `stdio_uid`: who may open streams, beside root; `None`
+    is nobody.
     """
 
     directory: str
@@ -43,6 +45,8 @@ class HostOptions:
     uts: bool = False
     ipc: bool = False
     pid: bool = False
+    uids: str = ""
+    gids: str = ""
     stdio_uid: int | None = None
 
 
@@ -59,16 +63,12 @@ class HostPlace(Place):
         os.makedirs(options.directory, mode=0o700, exist_ok=True)
         os.umask(0o022)
         linux.become_subreaper()
-        own = linux.CLONE_NEWNS
-        own |= linux.CLONE_NEWUTS if options.uts else 0
-        own |= linux.CLONE_NEWIPC if options.ipc else 0
-        linux.unshare(own)
-        linux.mount("none", "/", "", linux.MS_REC | linux.MS_SLAVE)
-        if options.netns:
-            linux.enter_network(options.netns)
+        user = _enter(options)
         if options.ipc:  # what lies there is the IPC namespace's: shm_open(3)
             safe = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
             linux.mount("tmpfs", "/dev/shm", "tmpfs", safe, f"mode=1777,size={SHM_SIZE}")  # not a file
+            if user is not None:
+                user.own("/dev/shm")
         if os.path.exists(f"{CGROUP_ROOT}/unified/cgroup.controllers"):
             # crun refuses v1 with controllers left in v2 ("hybrid"); without this mount it sees plain v1.
             linux.umount(f"{CGROUP_ROOT}/unified", linux.MNT_DETACH)
@@ -81,7 +81,8 @@ class HostPlace(Place):
         )
         cgroups = Cgroups(layout.cgroup)
         cgroups.setup()
-        return layout, cgroups, HostProcesses(hold_pid_namespace() if options.pid else 0)
+        holder = hold_pid_namespace(user.fd if user else -1) if options.pid else 0
+        return layout, cgroups, HostProcesses(holder, user)
 
     @staticmethod
     async def clean(layout: Layout, cgroups: Cgroups) -> None:
@@ -103,9 +104,11 @@ class HostPlace(Place):
         for name, value in hello.sysctls.items():
             if not self._owns(name):
                 raise InvalidArgument(f"sysctl {name[:80]!r} is the host's; the pod has no namespace for it")
-            set_sysctl(name, value)
+            set_sysctl(name, value, self.user)
         if hello.resolv_conf or hello.hosts:
             podfiles.write(self.layout, hello.resolv_conf, hello.hosts, hello.hostname)
+            if self.user is not None:
+                podfiles.give(self.layout, self.user)
 
     def _owns(self, sysctl: str) -> bool:
         from hyperpod.spec.sysctls import namespace_of  # most pods name none
@@ -114,26 +117,42 @@ class HostPlace(Place):
         return has.get(namespace_of(sysctl), False)
 
 
+def _enter(options: HostOptions) -> PodUser | None:
+    """The pod's namespaces and a mount namespace of our own; gives its user namespace if it has one."""
+    own = linux.CLONE_NEWNS
+    user = None
+    if options.uids:  # and then it has all the others
+        made = userns.Namespaces(IdMap.parse(options.uids), IdMap.parse(options.gids), options.netns)
+        made.enter()
+        user = made.user
+    else:
+        own |= linux.CLONE_NEWUTS if options.uts else 0
+        own |= linux.CLONE_NEWIPC if options.ipc else 0
+    linux.unshare(own)
+    linux.mount("none", "/", "", linux.MS_REC | linux.MS_SLAVE)
+    if options.netns and user is None:
+        linux.enter_network(options.netns)
+    return user
+
+
 class HostProcesses:
     """What an OCI spec for a process on the host lacks. `pid_holder`: the first process of the pod's pid namespace;
-    0: the pod has none, and a spec without one means the host's."""
+    0: the pod has none, and a spec without one means the host's. `user`: its user namespace, if it has one."""
 
-    def __init__(self, pid_holder: int = 0) -> None:
-        self._pid_holder = pid_holder
+    def __init__(self, pid_holder: int = 0, user: PodUser | None = None) -> None:
+        self._pid_holder, self.user = pid_holder, user
         self._limited = not _permitted() >> _CAP_SYS_RESOURCE & 1
 
     def complete(self, spec: dict[str, Any]) -> None:
         """Of a container: the pod's pid namespace, and what the first process may have."""
-        namespaces = spec["linux"]["namespaces"]
-        if self._pid_holder and all(item["type"] != "pid" for item in namespaces):
-            namespaces.append({"type": "pid", "path": f"/proc/{self._pid_holder}/ns/pid"})
+        userns.share_pids(spec, self._pid_holder)
         self.fit(spec["process"])
 
     def fit(self, process: dict[str, Any]) -> None:
         """What this agent has not it cannot give: capabilities that the host keeps from it, higher limits. And
-        what it has it does not hand down: its own OOM score."""
+        what it has it does not hand down: its own OOM score. (All capabilities are there in a user namespace.)"""
         mine = _permitted()
-        for kind, names in process.get("capabilities", {}).items():
+        for kind, names in process.get("capabilities", {}).items() if self.user is None else ():
             process["capabilities"][kind] = [name for name in names if mine >> _number(name) & 1]
         if self._limited:
             for limit in process.get("rlimits", []):
@@ -159,36 +178,3 @@ def _number(capability: str) -> int:
     from hyperpod.spec.capabilities import NUMBERS
 
     return NUMBERS[capability]
-
-
-def hold_pid_namespace() -> int:
-    """Start the first process of a new pid namespace, which reaps and does nothing else; gives its pid."""
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    child = os.fork()
-    if child == 0:
-        try:
-            linux.unshare(linux.CLONE_NEWPID)
-            first = os.fork()
-            if first == 0:
-                _hold()
-            os.write(writing, str(first).encode())  # its number here: the new namespace is for children
-            os._exit(0)
-        finally:
-            os._exit(70)
-    os.close(writing)
-    os.waitpid(child, 0)
-    with open(reading, "rb") as told:
-        number = told.read()
-    if not number:
-        raise OSError("no pid namespace could be made")
-    return int(number)
-
-
-def _hold() -> None:
-    """Never returns. The kernel reaps for who ignores SIGCHLD, and gives a namespace's first process no signal that
-    it does not ask for, except from outside."""
-    set_title("pause", "pause")
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    os.closerange(0, 1 << 16)
-    while True:
-        signal.pause()

@@ -9,10 +9,14 @@ import asyncio
 import logging
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hyperpod.agent import linux
 from hyperpod.agent.layout import Layout
 from hyperpod.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument
+
+if TYPE_CHECKING:
+    from hyperpod.agent.userns import PodUser
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +83,8 @@ class Layers:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        self.user: PodUser | None = None
+        """Whose ids the layers are shown with."""
         self._mounted: dict[str, _Mounted] = {}
         self._next = 0
         self._lock = asyncio.Lock()
@@ -157,4 +163,35 @@ class Layers:
         finally:
             if keep >= 0:
                 os.close(keep)
+        if self.user is not None:
+            try:
+                _map_ids(target, self.user.fd)
+            except OSError as exc:
+                linux.umount(target, linux.MNT_DETACH)
+                os.rmdir(target)
+                raise FailedPrecondition(
+                    f"layer {source.serial}: its ids cannot be mapped for the pod's user namespace: {exc.strerror}"
+                ) from exc
         self._mounted[source.serial] = _Mounted(number)
+
+
+def _map_ids(target: str, userns: int) -> None:
+    """Replace a mount by an idmapped one: only a copy that is attached nowhere can become one. Raises OSError."""
+    from hyperpod import mountapi  # only pods with a user namespace need it
+
+    place = os.open(target, os.O_PATH | os.O_CLOEXEC)
+    try:
+        tree = mountapi.clone_tree(place)
+    finally:
+        os.close(place)
+    try:
+        mountapi.map_ids(tree, userns)
+        linux.umount(target, linux.MNT_DETACH)
+        above, _, name = target.rpartition("/")
+        folder = os.open(above, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            mountapi.attach(tree, folder, name.encode())
+        finally:
+            os.close(folder)
+    finally:
+        os.close(tree)

@@ -18,8 +18,8 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 1 << 12, 1 << 14, 1 << 18, 1 << 19
 MNT_DETACH = 2
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
-CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
-PR_SET_CHILD_SUBREAPER = 36
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
 
 SYS_OPENAT2 = 437
 """The same on every architecture."""
@@ -65,13 +65,23 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), "unshare")
 
 
+def setns(fd: int, kind: int) -> None:
+    """For the calling thread, and all that it starts; a user namespace only for who has no other threads."""
+    _check(_libc.setns(fd, kind), "setns")
+
+
 def enter_network(path: str) -> None:
     """For the calling thread, and all that it starts."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _check(_libc.setns(fd, CLONE_NEWNET), path)
+        setns(fd, CLONE_NEWNET)
     finally:
         os.close(fd)
+
+
+def hide() -> None:
+    """Nobody but the host's or the guest's root may look at this process's files and memory."""
+    _check(_libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
 
 
 def open_in_root(root: int, path: str, flags: int) -> int:

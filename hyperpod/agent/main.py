@@ -51,10 +51,13 @@ async def serve(host: HostOptions | None) -> Place:
 
         layout, cgroups, processes = HostPlace.prepare(host)
         place = HostPlace(layout, ended, host)
+        place.user = processes.user
         await HostPlace.clean(layout, cgroups)
         loop.add_signal_handler(signal.SIGTERM, place.end)
     owner = TaskOwner("agent", limit=16384)
-    containers = Containers(Tools(layout, cgroups, reaper, owner, processes))
+    tools = Tools(layout, cgroups, reaper, owner, processes)
+    tools.use(place.user)
+    containers = Containers(tools)
     identity = Identity(claimable=lambda: len(containers) == 0)
     control = Listener(CONTROL_PORT, identity, h2_factory(AgentService(containers, place)), MAX_CONTROL)
     stdio = Listener(

@@ -28,6 +28,14 @@ def configure(interfaces: Iterable[v1.NetworkInterface]) -> None:
                 ) from exc
 
 
+def move(interfaces: Iterable[v1.NetworkInterface], namespace: int) -> None:
+    """The cards into another network namespace, before they are configured. Raises OSError."""
+    with Netlink() as netlink:
+        for interface in interfaces:
+            card = _find(netlink, interface.mac)
+            netlink.do(f"moving {card.name}", rt.set_link, card.index, namespace=namespace)
+
+
 def _configure(netlink: Netlink, interface: v1.NetworkInterface) -> None:
     card = _find(netlink, interface.mac)
     if card.name != interface.name:

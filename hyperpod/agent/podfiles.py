@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hyperpod.agent import linux
 from hyperpod.agent.layout import Layout
+
+if TYPE_CHECKING:
+    from hyperpod.agent.userns import PodUser
 
 SIZE = 1 << 20
 NAMES = ("resolv.conf", "hosts", "hostname")
@@ -26,6 +29,12 @@ def write(layout: Layout, resolv_conf: str, hosts: str, hostname: str) -> None:
         if text:
             with open(f"{layout.pod_files}/{name}", "w") as file:
                 file.write(text)
+
+
+def give(layout: Layout, user: PodUser) -> None:
+    """To the root of the pod's user namespace, who may write to them as any container's root."""
+    for entry in os.scandir(layout.pod_files):
+        user.own(entry.path)
 
 
 def add_mounts(layout: Layout, spec: dict[str, Any]) -> None:

@@ -93,15 +93,31 @@ class ProcessIO:
                 stream.close()
 
 
-class Pipes:
-    """The pipes for one start: `child` fds go to crun as 0, 1, 2; `commit` joins ours to the streams."""
+def null_device() -> str:
+    """A path to /dev/null by a read-only mount, good as long as this process lives. It takes input all the same,
+    but crun 1.8 cannot give it to the user of a container, who could then shut it for the whole machine."""
+    from hyperpod import mountapi
 
-    def __init__(self, io: ProcessIO) -> None:
-        self._io = io
+    device = os.open(os.devnull, os.O_PATH | os.O_CLOEXEC)
+    try:
+        tree = mountapi.clone_tree(device)
+    finally:
+        os.close(device)
+    mountapi.set_attributes(tree, b"", attributes=mountapi.MOUNT_ATTR_RDONLY, recursive=False)
+    return f"/proc/self/fd/{tree}"
+
+
+class Pipes:
+    """The pipes for one start: `child` fds go to crun as 0, 1, 2; `commit` joins ours to the streams.
+
+    `null`: read and written where there is none. `owner`: who may open them by /proc/self/fd, if not root."""
+
+    def __init__(self, io: ProcessIO, null: str = os.devnull, owner: tuple[int, int] | None = None) -> None:
+        self._io, self._owner = io, owner
         self._ours: list[int] = []
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        self.child = [null, null, null]
-        self._close = {null}
+        null_fd = os.open(null, os.O_RDWR | os.O_CLOEXEC)
+        self.child = [null_fd, null_fd, null_fd]
+        self._close = {null_fd}
         if io.tty:
             return
         if io.stdin is not None:
@@ -114,6 +130,8 @@ class Pipes:
         reading, writing = os.pipe2(os.O_CLOEXEC)
         theirs, ours = (reading, writing) if ours_writes else (writing, reading)
         os.set_blocking(ours, False)
+        if self._owner is not None:
+            os.fchown(theirs, *self._owner)
         self._close.add(theirs)
         self._ours.append(ours)
         # Refused over the host's limit for one user's pipes: the default size does.

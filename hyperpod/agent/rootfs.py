@@ -6,10 +6,14 @@ import asyncio
 import contextlib
 import itertools
 import os
+from typing import TYPE_CHECKING
 
 from hyperpod.agent import linux
 from hyperpod.agent.layout import Layout
 from hyperpod.errors import FailedPrecondition, InvalidArgument
+
+if TYPE_CHECKING:
+    from hyperpod.agent.userns import PodUser
 
 OPTIONS_LIMIT = 4095
 """Bytes of mount(2) options: one page with its final NUL."""
@@ -17,13 +21,20 @@ OPTIONS_LIMIT = 4095
 _numbers = itertools.count()
 
 
-def mount_overlay(layout: Layout, container: str, layers: list[int]) -> str:
-    """Mount and give the path. `layers`: topmost last. Raises FailedPrecondition, InvalidArgument."""
+def mount_overlay(layout: Layout, container: str, layers: list[int], user: PodUser | None = None) -> str:
+    """Mount and give the path. `layers`: topmost last; `user`: whose root it is to be.
+
+    Raises FailedPrecondition, InvalidArgument."""
     writable, target = layout.writable(container), f"{layout.bundle(container)}/rootfs"
     for path in (f"{writable}/u", f"{writable}/w", target):
         os.makedirs(path, exist_ok=True)
     # The upper folder becomes the root folder of the container: everybody must be able to enter it.
     os.chmod(f"{writable}/u", 0o755)  # noqa: S103
+    if user is not None:
+        user.own(f"{writable}/u")
+        user.own(f"{writable}/w")
+        bundle = layout.bundle(container)
+        user.open_way(os.path.dirname(bundle), bundle)  # crun's child, which mounts, is that root already
     lower = ":".join(str(number) for number in reversed(layers))
     options = f"lowerdir={lower},upperdir={writable}/u,workdir={writable}/w"
     if len(options) > OPTIONS_LIMIT:

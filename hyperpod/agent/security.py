@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,9 @@ class Security:
     all_devices: bool = False
 
 
-async def apply(spec: dict[str, Any], wanted: Security) -> tuple[str, ...]:
-    """Put it into the OCI spec, whose root is mounted. Gives what the environment lacks.
+async def apply(spec: dict[str, Any], wanted: Security, *, bind_devices: bool = False) -> tuple[str, ...]:
+    """Put it into the OCI spec, whose root is mounted. Gives what the environment lacks. `bind_devices`: nodes of
+    the machine's own are bound, as nobody may make any in a user namespace.
 
     Raises InvalidArgument, FailedPrecondition."""
     user = spec["process"]["user"]
@@ -57,6 +59,10 @@ async def apply(spec: dict[str, Any], wanted: Security) -> tuple[str, ...]:
                 "access": permissions,
             }
         )
+    if bind_devices:
+        sources = {inside or path: path for path, inside, _ in wanted.devices}
+        spec["mounts"] += [_bound(device["path"], sources) for device in devices]
+        devices.clear()
     # crun takes HOME from the user's entry; for want of one runc says "/", and programs rely on that.
     home = () if found.known else ("HOME=/",)
     return (f"HOSTNAME={os.uname().nodename}", *home)
@@ -121,6 +127,16 @@ def _device(path: str, inside: str) -> dict[str, Any]:
         "fileMode": stat.S_IMODE(status.st_mode),
         "uid": status.st_uid,
         "gid": status.st_gid,
+    }
+
+
+def _bound(inside: str, sources: Mapping[str, str]) -> dict[str, Any]:
+    """The mount of a node; where it is not in `sources` it has the same path out here."""
+    return {
+        "destination": inside,
+        "type": "bind",
+        "source": sources.get(inside, inside),
+        "options": ["bind", "rprivate", "nosuid", "noexec"],
     }
 
 

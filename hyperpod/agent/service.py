@@ -69,6 +69,7 @@ class AgentService(v1.AgentBase):
         if message.api_version < OLDEST_API_VERSION or message.api_version > API_VERSION + 1:
             raise FailedPrecondition(f"API version {message.api_version} is not spoken, {API_VERSION} is")
         await self._place.greet(message)
+        self._containers.tools.use(self._place.user)
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot_id = file.read().strip()
         return v1.HelloResponse(

@@ -40,6 +40,7 @@ from hyperpod.errors import (
 )
 from hyperpod.logs import printable
 from hyperpod.model.network import GuestInterface
+from hyperpod.model.security import UserNamespace
 from hyperpod.spec.users import MAX_GROUPS, MAX_ID
 from hyperpod.vsock.dial import Endpoint
 from hyperpod.vsock.open import CONTROL_PORT, open_agent
@@ -102,8 +103,9 @@ class AgentClient:
         interfaces: Sequence[GuestInterface] = (),
         resolv_conf: str = "",
         hosts: str = "",
+        userns: UserNamespace | None = None,
     ) -> HelloInfo:
-        """First call of a connection; sets the guest's clock, hostname, network and sysctls.
+        """First call of a connection; sets the guest's clock, user namespace, hostname, network and sysctls.
 
         Raises InvalidArgument for a sysctl or an address that the guest's kernel does not take.
         """
@@ -118,6 +120,7 @@ class AgentClient:
                 interfaces=[_interface(interface) for interface in interfaces],
                 resolv_conf=resolv_conf,
                 hosts=hosts,
+                userns=None if userns is None else _userns(userns),
             ),
             SHORT,
         )
@@ -302,6 +305,13 @@ def _interface(value: GuestInterface) -> v1.NetworkInterface:
         addresses=list(value.addresses),
         routes=[v1.Route(**route.model_dump()) for route in value.routes],
         neighbours=[v1.Neighbour(**neighbour.model_dump()) for neighbour in value.neighbours],
+    )
+
+
+def _userns(value: UserNamespace) -> v1.UserNamespace:
+    return v1.UserNamespace(
+        uids=v1.IdMapping(host_id=value.uids.host_id, length=value.uids.length),
+        gids=v1.IdMapping(host_id=value.gids.host_id, length=value.gids.length),
     )
 
 

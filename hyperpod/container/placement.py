@@ -10,7 +10,7 @@ from hyperpod.model.container import ContainerConfig, ContainerRecord
 from hyperpod.model.mounts import Propagation
 from hyperpod.model.sandbox import Kind, SandboxRecord, VmSize
 from hyperpod.sandbox.live import LiveSandbox
-from hyperpod.spec import mounts, place
+from hyperpod.spec import mounts, place, userns
 from hyperpod.spec.mounts import HostBind
 from hyperpod.spec.oci import ContainerSpecInput
 
@@ -23,6 +23,7 @@ DEVICES = tuple(
 def check(sandbox: SandboxRecord, config: ContainerConfig) -> None:
     """What a pod of this kind cannot give. Raises InvalidArgument, Unsupported that name the field."""
     place.check_container(sandbox.kind, sandbox.config.namespaces, config.namespaces)
+    userns.check_container(sandbox.config.namespaces, config.namespaces, config.mounts)
     if sandbox.kind is Kind.HOST:
         return
     for number, mount in enumerate(config.mounts):

@@ -17,11 +17,13 @@ from hyperpod.model.mounts import Mount, MountImage, Propagation
 from hyperpod.model.sandbox import DnsConfig, PortMapping, SandboxConfig, SandboxMetadata
 from hyperpod.model.security import (
     Device,
+    IdMapping,
     LinuxResources,
     NamespaceMode,
     NamespaceOptions,
     SeccompKind,
     SeccompProfile,
+    UserNamespace,
 )
 from hyperpod.spec import limits, mounts, podnet
 from hyperpod.spec.cgroup import parent_folder
@@ -143,7 +145,36 @@ def _hugepages(where: str, values: Sequence[cri.HugepageLimit]) -> tuple[tuple[s
     )
 
 
-def _namespaces(value: cri.NamespaceOption | None) -> NamespaceOptions:
+def _mapping(where: str, values: Sequence[cri.IdMapping]) -> IdMapping:
+    """One line, which is all that an overlay's layers, and so containerd, can have."""
+    if len(values) != 1:
+        raise InvalidArgument(f"{where} has {len(values)} mappings: exactly one is taken")
+    value = values[0]
+    if value.container_id:
+        raise InvalidArgument(
+            f"{where}[0].container_id is {value.container_id}: the mapping has to begin with a container's root, 0"
+        )
+    _number(f"{where}[0].length", value.length, 1, MAX_ID)
+    _number(f"{where}[0].host_id", value.host_id, 0, MAX_ID + 1 - value.length)
+    return IdMapping(host_id=value.host_id, length=value.length)
+
+
+def _userns(where: str, value: cri.UserNamespace | None) -> UserNamespace | None:
+    """Absent and NODE mean the same; the other modes are refused before."""
+    if value is None or value.mode == cri.NamespaceMode.NODE:
+        for name in ("uids", "gids") if value is not None else ():
+            if getattr(value, name):
+                raise InvalidArgument(
+                    f"{where}.{name} is set, but mode is NODE: without a user namespace of its "
+                    "own a pod has no ids to be mapped"
+                )
+        return None
+    return UserNamespace(
+        uids=_mapping(f"{where}.uids", value.uids), gids=_mapping(f"{where}.gids", value.gids)
+    )
+
+
+def _namespaces(where: str, value: cri.NamespaceOption | None) -> NamespaceOptions:
     if value is None:
         return NamespaceOptions()
     return NamespaceOptions(
@@ -151,6 +182,8 @@ def _namespaces(value: cri.NamespaceOption | None) -> NamespaceOptions:
         pid=NamespaceMode(value.pid.name),
         ipc=NamespaceMode(value.ipc.name),
         target_id=value.target_id,
+        userns_mode=NamespaceMode(value.userns_options.mode.name) if value.userns_options else None,
+        userns=_userns(f"{where}.namespace_options.userns_options", value.userns_options),
     )
 
 
@@ -279,7 +312,7 @@ def sandbox_config(config: cri.PodSandboxConfig | None) -> SandboxConfig:
         annotations=_map("config.annotations", config.annotations),
         has_linux=config.linux is not None,
         cgroup_parent=_cgroup_parent(linux.cgroup_parent),
-        namespaces=_namespaces(security.namespace_options),
+        namespaces=_namespaces(context, security.namespace_options),
         run_as_user=_id(f"{context}.run_as_user", security.run_as_user),
         run_as_group=_id(f"{context}.run_as_group", security.run_as_group),
         readonly_rootfs=security.readonly_rootfs,
@@ -309,6 +342,15 @@ def _mount_image(where: str, value: cri.ImageSpec | None) -> MountImage | None:
     )
 
 
+def _mount_ids(where: str, value: cri.Mount) -> UserNamespace | None:
+    if not value.uid_mappings and not value.gid_mappings:
+        return None
+    return UserNamespace(
+        uids=_mapping(f"{where}.uid_mappings", value.uid_mappings),
+        gids=_mapping(f"{where}.gid_mappings", value.gid_mappings),
+    )
+
+
 def _mounts(values: Sequence[cri.Mount]) -> tuple[Mount, ...]:
     found = tuple(
         Mount(
@@ -320,6 +362,7 @@ def _mounts(values: Sequence[cri.Mount]) -> tuple[Mount, ...]:
             selinux_relabel=value.selinux_relabel,
             image=_mount_image(f"config.mounts[{i}].image", value.image),
             image_sub_path=_text(f"config.mounts[{i}].image_sub_path", value.image_sub_path, MAX_PATH),
+            ids=_mount_ids(f"config.mounts[{i}]", value),
         )
         for i, value in enumerate(values[: mounts.MAX_MOUNTS + 1])
     )
@@ -371,7 +414,7 @@ def container_config(config: cri.ContainerConfig | None) -> ContainerConfig:
                 f"{context}.capabilities.add_ambient_capabilities", capabilities.add_ambient_capabilities
             ),
         ),
-        namespaces=_namespaces(security.namespace_options),
+        namespaces=_namespaces(context, security.namespace_options),
         run_as_user=_id(f"{context}.run_as_user", security.run_as_user),
         run_as_group=_id(f"{context}.run_as_group", security.run_as_group),
         run_as_username=_text(f"{context}.run_as_username", security.run_as_username),

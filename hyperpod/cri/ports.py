@@ -10,6 +10,7 @@ from hyperpod.cri.stats import StatsReader
 from hyperpod.image.store import ImageStore
 from hyperpod.sandbox.manager import SandboxManager
 from hyperpod.sandbox.network import PodNetworks
+from hyperpod.sandbox.userns import UserNamespaces
 from hyperpod.streaming.streams import Streams
 
 
@@ -24,3 +25,4 @@ class Ports:
     images: ImageStore
     networks: PodNetworks
     stats: StatsReader
+    userns: UserNamespaces

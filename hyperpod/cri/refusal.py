@@ -73,9 +73,8 @@ _NAMESPACES: Table = {
     "network": Only((_POD, _NODE), _WHICH, never=None),
     "ipc": Only((_POD, _CONTAINER, _NODE), _WHICH, never=None),
     # The kubelet sends NODE for every pod that does not ask for a user namespace.
-    "userns_options.mode": Only((_NODE,), "user namespaces are not built yet"),
-    "userns_options.uids": Refused("user namespaces are not built yet"),
-    "userns_options.gids": Refused("user namespaces are not built yet"),
+    "userns_options.mode": Only((_POD, _NODE), "a user namespace is the pod's or the node's", never=None),
+    **_honoured("userns_options.uids", "userns_options.gids"),
 }
 _SELINUX: Table = dict.fromkeys(("user", "role", "type", "level"), Refused("the guest has no SELinux"))
 _POD_NAMESPACES: Table = {
@@ -117,8 +116,7 @@ _MOUNT: Table = {
     **_honoured("container_path", "host_path", "readonly", "recursive_read_only", "propagation"),
     # The kubelet sets it on every host for the first container that gets a volume.
     "selinux_relabel": Harmless("the guest has no SELinux, and nothing of the pod on the host needs a label"),
-    "uid_mappings": Refused("user namespaces are not built yet"),
-    "gid_mappings": Refused("user namespaces are not built yet"),
+    **_honoured("uid_mappings", "gid_mappings"),
     **_under("image", _IMAGE),
     "image_sub_path": HONOURED,
     "mount_options": Refused("mount options are not built yet"),

@@ -21,7 +21,12 @@ from hyperpod.model.container import (
 from hyperpod.model.images import Image
 from hyperpod.model.mounts import Mount, MountImage
 from hyperpod.model.sandbox import Kind, Sandbox, SandboxMetadata
-from hyperpod.model.security import LinuxResources, NamespaceMode, NamespaceOptions
+from hyperpod.model.security import (
+    IdMapping,
+    LinuxResources,
+    NamespaceMode,
+    NamespaceOptions,
+)
 from hyperpod.spec.mounts import VIA_BIND, VIA_SHARE, explained
 
 _STATES = {
@@ -84,12 +89,26 @@ def wanted_pods(sandboxes: Iterable[Sandbox], wanted: cri.PodSandboxFilter | Non
     ]
 
 
+def _mappings(mapping: IdMapping) -> list[cri.IdMapping]:
+    return [cri.IdMapping(container_id=0, host_id=mapping.host_id, length=mapping.length)]
+
+
+def _userns(options: NamespaceOptions) -> cri.UserNamespace | None:
+    if options.userns_mode is None:
+        return None
+    answer = cri.UserNamespace(mode=cri.NamespaceMode[options.userns_mode.value])
+    if ids := options.userns:
+        answer.uids, answer.gids = _mappings(ids.uids), _mappings(ids.gids)
+    return answer
+
+
 def _namespaces(options: NamespaceOptions) -> cri.NamespaceOption:
     return cri.NamespaceOption(
         network=cri.NamespaceMode[options.network.value],
         pid=cri.NamespaceMode[options.pid.value],
         ipc=cri.NamespaceMode[options.ipc.value],
         target_id=options.target_id,
+        userns_options=_userns(options),
     )
 
 
@@ -287,6 +306,8 @@ def _mount(mount: Mount, image_id: str) -> cri.Mount:
         selinux_relabel=mount.selinux_relabel,
         image=None if mount.image is None else _mount_image(mount.image, image_id),
         image_sub_path=mount.image_sub_path,
+        uid_mappings=_mappings(mount.ids.uids) if mount.ids else [],
+        gid_mappings=_mappings(mount.ids.gids) if mount.ids else [],
     )
 
 

@@ -50,14 +50,17 @@ class RuntimeService(cri.RuntimeServiceBase):
         return cri.StatusResponse(
             status=cri.RuntimeStatus(conditions=conditions),
             info={"hypervisor": self._facts(), "network": self._network()} if message.verbose else {},
-            runtime_handlers=[
-                cri.RuntimeHandler(
-                    name=name, features=cri.RuntimeHandlerFeatures(recursive_read_only_mounts=True)
-                )
-                for name in HANDLERS
-            ],
+            runtime_handlers=[await self._handler(name) for name in HANDLERS],
             features=cri.RuntimeFeatures(supplemental_groups_policy=True),
         )
+
+    async def _handler(self, name: str) -> cri.RuntimeHandler:
+        kind = Kind.HOST if name == "host" else Kind.VM
+        features = cri.RuntimeHandlerFeatures(
+            recursive_read_only_mounts=True,
+            user_namespaces=not await self._ports.userns.missing(kind),
+        )
+        return cri.RuntimeHandler(name=name, features=features)
 
     async def _network_condition(self) -> cri.RuntimeCondition:
         """Not ready keeps the kubelet from starting pods; the words are what `kubectl describe node` shows."""

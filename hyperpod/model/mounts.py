@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from hyperpod.model.base import Record
+from hyperpod.model.security import UserNamespace
 
 
 class Propagation(StrEnum):
@@ -35,6 +36,8 @@ class Mount(Record):
     image: MountImage | None = None
     image_sub_path: str = ""
     """Below the image's root; empty: all of it."""
+    ids: UserNamespace | None = None
+    """Files are a container's whose ids are mapped so (an idmapped mount)."""
 
 
 class ImageVolume(Record):

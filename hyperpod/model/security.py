@@ -16,6 +16,20 @@ class NamespaceMode(StrEnum):
     TARGET = "TARGET"
 
 
+class IdMapping(Record):
+    """CRI IDMapping: the ids 0 to `length` - 1 of a container are those from `host_id` on."""
+
+    host_id: int
+    length: int
+
+
+class UserNamespace(Record):
+    """CRI UserNamespace of mode POD: the pod has one of its own."""
+
+    uids: IdMapping
+    gids: IdMapping
+
+
 class NamespaceOptions(Record):
     """CRI NamespaceOption, echoed by the statuses (the kubelet recreates the sandbox otherwise)."""
 
@@ -23,6 +37,10 @@ class NamespaceOptions(Record):
     pid: NamespaceMode = NamespaceMode.POD
     ipc: NamespaceMode = NamespaceMode.POD
     target_id: str = ""
+    userns_mode: NamespaceMode | None = None
+    """As it was said, if it was: POD, and then `userns` is set, or NODE."""
+    userns: UserNamespace | None = None
+    """None: the host's, or the guest's first one."""
 
 
 class SeccompKind(StrEnum):

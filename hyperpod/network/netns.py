@@ -17,8 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from hyperpod import userns
 from hyperpod.errors import NetworkError
+from hyperpod.model.security import UserNamespace
 from hyperpod.netlink import Netlink
+from hyperpod.spec.userns import map_line
 from hyperpod.wire import rtnetlink as rt
 
 T = TypeVar("T")
@@ -66,21 +69,25 @@ class Namespaces:
     def path(self, sandbox_id: str) -> Path:
         return self.root / sandbox_id[:12]
 
-    async def make(self, sandbox_id: str) -> Path:
-        """A new namespace with loopback up. Raises NetworkError."""
+    async def make(self, sandbox_id: str, ids: UserNamespace | None = None) -> Path:
+        """A new namespace with loopback up. Raises NetworkError.
+
+        With `ids` it belongs to a user namespace that has them, and keeps that one too."""
         path = self.path(sandbox_id)
         await self.remove(sandbox_id)
 
         def make() -> None:
             self.root.mkdir(parents=True, exist_ok=True, mode=0o755)
             path.touch(mode=0o444)
-            _check(_libc.unshare(CLONE_NEWNET), "unshare")
+            if ids is None:
+                _check(_libc.unshare(CLONE_NEWNET), "unshare")
+                _pin("/proc/thread-self/ns/net", path)
+            else:
+                with userns.held(map_line(ids.uids), map_line(ids.gids), "--net") as pid:
+                    _pin(f"/proc/{pid}/ns/net", path)
+                _enter(path)
             with Netlink() as netlink:
                 netlink.do("loopback up", rt.set_link, 1, up=True)
-            source = b"/proc/thread-self/ns/net"
-            _check(
-                _libc.mount(source, os.fsencode(path), None, ctypes.c_ulong(MS_BIND), None), f"mount {path}"
-            )
 
         try:
             await in_thread(f"netns-{sandbox_id[:12]}", make)
@@ -93,11 +100,7 @@ class Namespaces:
         """Run blocking `call` inside the namespace. Raises NetworkError when it is not there or `call` fails."""
 
         def inside() -> T:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                _check(_libc.setns(fd, CLONE_NEWNET), f"setns {path}")
-            finally:
-                os.close(fd)
+            _enter(path)
             return call()
 
         try:
@@ -120,6 +123,22 @@ class Namespaces:
         with contextlib.suppress(OSError):
             return sorted(os.listdir(self.root))
         return []
+
+
+def _pin(namespace: str, path: Path) -> None:
+    _check(
+        _libc.mount(namespace.encode(), os.fsencode(path), None, ctypes.c_ulong(MS_BIND), None),
+        f"mount {path}",
+    )
+
+
+def _enter(path: str | Path) -> None:
+    """For the calling thread, for good."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _check(_libc.setns(fd, CLONE_NEWNET), f"setns {path}")
+    finally:
+        os.close(fd)
 
 
 def _remove(path: Path) -> None:

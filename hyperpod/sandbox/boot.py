@@ -186,6 +186,7 @@ class VmBuilder(SandboxBuilder):
             interfaces=network.interfaces,
             resolv_conf=podfiles.resolv_conf(sandbox.record.config.dns, hostdns.host_resolv_conf()),
             hosts=podfiles.hosts(name, network.addresses),
+            userns=sandbox.record.config.namespaces.userns,
         )
 
     async def console(self, sandbox: LiveSandbox) -> str:

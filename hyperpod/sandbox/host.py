@@ -35,6 +35,7 @@ from hyperpod.sandbox.threads import MountThreads, mounting, process_end
 from hyperpod.share import binds
 from hyperpod.spec import mountinfo, podfiles
 from hyperpod.spec.mounts import HostBind
+from hyperpod.spec.userns import map_line
 from hyperpod.supervisor import linux
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class HostBuilder(SandboxBuilder):
         netns: Path | None = None
         with phases("folders"):
             if record.config.namespaces.network is not NamespaceMode.NODE:
-                netns = await self.networks.namespaces.make(record.id)
+                netns = await self.networks.namespaces.make(record.id, record.config.namespaces.userns)
             await asyncio.to_thread(self._make_folders, sandbox)
             failpoints.passing("sandbox.scratch")
 
@@ -126,6 +127,8 @@ class HostBuilder(SandboxBuilder):
             uts=own_network,  # as Kubernetes has it: who has the node's network has its name
             ipc=options.ipc is not NamespaceMode.NODE,
             pid=options.pid is NamespaceMode.POD,
+            uids=map_line(options.userns.uids) if options.userns else "",
+            gids=map_line(options.userns.gids) if options.userns else "",
             stdio_uid=record.uid,
             cgroup=cgroup,
         )
@@ -180,7 +183,8 @@ class HostBuilder(SandboxBuilder):
         share, pid = sandbox.agent_share, self.agent_pid(sandbox)
         if not pid:
             raise Unavailable(f"sandbox {sandbox.short}: its agent has ended")
-        target = binds.Target(f"/proc/{pid}/ns/mnt", share, inside=str(share), guest=False)
+        ids = sandbox.record.config.namespaces.userns
+        target = binds.Target(f"/proc/{pid}/ns/mnt", share, inside=str(share), guest=False, ids=ids)
         cancelled = threading.Event()
         await self._threads.run(lambda: binds.bind(target, wanted, cancelled), mounting(wanted), cancelled)
         return []

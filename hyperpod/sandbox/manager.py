@@ -34,8 +34,10 @@ from hyperpod.sandbox.builder import SandboxBuilder
 from hyperpod.sandbox.disks import LayerDisks, Layers
 from hyperpod.sandbox.host import HostBuilder
 from hyperpod.sandbox.live import LiveSandbox, SandboxListener
+from hyperpod.sandbox.userns import UserNamespaces
 from hyperpod.spec import place, podnet
 from hyperpod.spec.resources import MIB, vm_size
+from hyperpod.spec.userns import check_pod
 from hyperpod.store.index import IdIndex
 from hyperpod.store.records import RecordStore
 from hyperpod.store.slots import FIRST_CID, Slots
@@ -65,6 +67,7 @@ class SandboxManager:
         self.vms, self.hosts = vms, hosts
         self._builders: dict[Kind, SandboxBuilder] = {Kind.VM: vms, Kind.HOST: hosts}
         self.networks, self.cgroups = vms.networks, vms.cgroups
+        self.userns = UserNamespaces(config.vm)
         self.slots = Slots(min(config.sandbox_slots, config.vm.uid_count))
         self.index: IdIndex[LiveSandbox] = IdIndex("sandbox")
         self._names: dict[str, str] = {}
@@ -114,6 +117,7 @@ class SandboxManager:
     async def run(self, config: SandboxConfig, handler: str) -> str:
         """Make a sandbox and return its id. A retry with the identical configuration joins the first."""
         kind = place.choose(handler, config.namespaces)
+        await self._check_userns(config, kind)
         if kind is Kind.HOST:
             place.permit(config, self.config.host_pods)
             place.check_sysctls(config.sysctls, config.namespaces)
@@ -128,6 +132,16 @@ class SandboxManager:
                     f"the name {key} is taken by sandbox {known}, which is stopped; remove it first"
                 )
         return await self._operations.run(f"run/{key}", lambda: self._run(config, handler, kind))
+
+    async def _check_userns(self, config: SandboxConfig, kind: Kind) -> None:
+        """Raises InvalidArgument, FailedPrecondition."""
+        check_pod(config.namespaces)
+        if config.namespaces.userns is not None and (why := await self.userns.missing(kind)):
+            where = "in a VM" if kind is Kind.VM else "on the host"
+            raise FailedPrecondition(
+                f"pod {config.metadata.name} asks for a user namespace (hostUsers: false), which a pod {where} "
+                f"cannot have here: {why}"
+            )
 
     async def _run(self, config: SandboxConfig, handler: str, kind: Kind) -> str:
         ports.need_unclaimed(podnet.host_ports(config), self._host_ports())

@@ -92,9 +92,10 @@ class Shares:
         async with sandbox.files_lock:
             await self._ensure(sandbox, cgroups)
         namespace = await asyncio.to_thread(sandbox.files.namespace)
+        target = binds.Target(namespace, sandbox.files.share, ids=sandbox.record.config.namespaces.userns)
         cancelled = threading.Event()
         return await self._threads.run(
-            lambda: binds.bind(binds.Target(namespace, sandbox.files.share), wanted, cancelled),
+            lambda: binds.bind(target, wanted, cancelled),
             mounting(wanted),
             cancelled,
         )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 
+from hyperpod import mountapi, userns
 from hyperpod.errors import (
     FailedPrecondition,
     HyperpodError,
@@ -25,10 +26,11 @@ from hyperpod.errors import (
     Unavailable,
     Unsupported,
 )
-from hyperpod.share import linux
+from hyperpod.model.security import UserNamespace
 from hyperpod.spec.mountinfo import MountPoint, parse
 from hyperpod.spec.mounts import HostBind
 from hyperpod.spec.share import folder
+from hyperpod.spec.userns import map_line
 
 MAX_SUBMOUNTS = 256
 """Of one source, that keep flags of their own under a read-only parent in the guest; the host's hold anyway."""
@@ -47,12 +49,13 @@ _KINDS = (
 @dataclass(frozen=True)
 class Target:
     """`namespace`: of the mounts, a path in /proc. `share`: the folder with the mount points, as the host sees it;
-    `inside`: as the namespace does. `guest`: what reads them has another kernel."""
+    `inside`: as the namespace does. `guest`: what reads them has another kernel. `ids`: of those to be mapped."""
 
     namespace: str
     share: Path
     inside: str = ""
     guest: bool = True
+    ids: UserNamespace | None = None
 
 
 @dataclass
@@ -76,6 +79,7 @@ def bind(target: Target, binds: Sequence[HostBind], cancelled: Event) -> list[st
         table = parse(Path("/proc/thread-self/mountinfo").read_bytes())
         for one in binds:
             sources.append(_open(one, table, guest=target.guest))
+        _map_ids([source for source in sources if source.bind.mapped], target.ids)
         if cancelled.is_set():
             return []
         for source in sources:
@@ -94,8 +98,11 @@ def seal(namespace: str) -> None:
     """Make the share's own folder read-only for virtiofsd: a guest finds no place in it but what is mounted."""
     _enter(namespace)
     try:
-        linux.set_attributes(
-            linux.AT_FDCWD, b"/", attributes=linux.MOUNT_ATTR_RDONLY | linux.MOUNT_ATTR_NODEV, recursive=False
+        mountapi.set_attributes(
+            mountapi.AT_FDCWD,
+            b"/",
+            attributes=mountapi.MOUNT_ATTR_RDONLY | mountapi.MOUNT_ATTR_NODEV,
+            recursive=False,
         )
     except OSError as exc:
         raise HyperpodError(f"the share cannot be made read-only: {exc.strerror}") from exc
@@ -159,19 +166,44 @@ def _open(one: HostBind, table: dict[int, MountPoint], *, guest: bool) -> _Sourc
 
 
 def _detached(source: int, one: HostBind, *, guest: bool) -> int:
-    tree = linux.clone_tree(source)
+    tree = mountapi.clone_tree(source)
     try:
         # On the host's own kernel a volume keeps the flags of its mount, as with every runtime.
-        attributes = linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV if guest else 0
+        attributes = mountapi.MOUNT_ATTR_NOSUID | mountapi.MOUNT_ATTR_NODEV if guest else 0
         if not one.both_ways:  # it stays a peer of its source
-            propagation = linux.MS_SLAVE if one.follow else linux.MS_PRIVATE
-            linux.set_attributes(tree, b"", attributes=attributes, propagation=propagation, recursive=True)
+            propagation = mountapi.MS_SLAVE if one.follow else mountapi.MS_PRIVATE
+            mountapi.set_attributes(tree, b"", attributes=attributes, propagation=propagation, recursive=True)
         if one.readonly:
-            linux.set_attributes(tree, b"", attributes=linux.MOUNT_ATTR_RDONLY, recursive=one.recursive)
+            mountapi.set_attributes(tree, b"", attributes=mountapi.MOUNT_ATTR_RDONLY, recursive=one.recursive)
     except OSError:
         os.close(tree)
         raise
     return tree
+
+
+def _map_ids(sources: Sequence[_Source], ids: UserNamespace | None) -> None:
+    """A guest needs the same mapping as a host pod: what its user namespace calls 0 is the same number there."""
+    if not sources or ids is None:
+        return
+    try:
+        with userns.descriptor(map_line(ids.uids), map_line(ids.gids)) as namespace:
+            for source in sources:
+                _map_one(source, namespace)
+    except OSError as exc:
+        raise FailedPrecondition(f"mounts of a pod with a user namespace: {exc}") from exc
+
+
+def _map_one(source: _Source, namespace: int) -> None:
+    try:
+        mountapi.map_ids(source.tree, namespace)
+    except OSError as exc:
+        why = exc.strerror
+        if exc.errno == errno.EINVAL:
+            why = "its file system, or this kernel's version of it, cannot map ids"
+        raise FailedPrecondition(
+            f"mount source {source.bind.source!r} for {source.bind.destination!r}: the pod has a user namespace "
+            f"(hostUsers: false), and {why}"
+        ) from exc
 
 
 def _mount_id(fd: int) -> int:
@@ -204,7 +236,7 @@ def _enter(namespace: str) -> None:
     try:
         fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            linux.enter_mount_namespace(fd)
+            mountapi.enter_mount_namespace(fd)
         finally:
             os.close(fd)
     except OSError as exc:
@@ -215,7 +247,7 @@ def _attach(tree: int, folder: str, name: str) -> None:
     try:
         fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            linux.attach(tree, fd, name.encode())
+            mountapi.attach(tree, fd, name.encode())
         finally:
             os.close(fd)
     except OSError as exc:

@@ -38,7 +38,8 @@ class HostBind:
     """One folder or file of the host to be put at `place` in the share.
 
     `readonly` covers its top mount, `recursive` also what is mounted below it; `follow`: mounts that the host makes
-    below the source later appear as well. `destination` is for error messages.
+    below the source later appear as well. `mapped`: shown with the ids of the pod's user namespace. `destination`
+    is for error messages.
     """
 
     source: str
@@ -47,6 +48,7 @@ class HostBind:
     readonly: bool
     recursive: bool
     follow: bool
+    mapped: bool = False
     both_ways: bool = False
     """And those made below it in the container appear on the host: never in a VM."""
 
@@ -95,6 +97,7 @@ def host_binds(mounts: Sequence[Mount], container_id: str) -> list[HostBind]:
             readonly=mount.readonly,
             recursive=mount.recursive_read_only,
             follow=mount.propagation is Propagation.HOST_TO_CONTAINER,
+            mapped=mount.ids is not None,
             both_ways=mount.propagation is Propagation.BIDIRECTIONAL,
         )
         for number, mount in enumerate(mounts)

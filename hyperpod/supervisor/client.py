@@ -73,6 +73,8 @@ class SupervisorClient:
         uts: bool,
         ipc: bool,
         pid: bool,
+        uids: str,
+        gids: str,
         stdio_uid: int,
         cgroup: Sequence[str],
     ) -> tuple[int, int]:
@@ -86,6 +88,8 @@ class SupervisorClient:
             "uts": uts,
             "ipc": ipc,
             "pid": pid,
+            "uids": uids,
+            "gids": gids,
             "stdio_uid": stdio_uid,
             "cgroup": list(cgroup),
         }

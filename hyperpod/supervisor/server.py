@@ -158,6 +158,8 @@ class Server:
             uts=request.flag("uts"),
             ipc=request.flag("ipc"),
             pid=request.flag("pid"),
+            uids=request.text("uids"),
+            gids=request.text("gids"),
             stdio_uid=request.number("stdio_uid", 0, _MAX_UID),
         )
         spec = AgentSpec(options, tuple(request.texts("cgroup")))

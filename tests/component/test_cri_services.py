@@ -16,13 +16,14 @@ from grpclib.exceptions import GRPCError
 
 from hyperpod.api.gen.hyperpod.admin.v1 import AdminStub, LoadRequest
 from hyperpod.api.gen.runtime import v1 as cri
-from hyperpod.config import Config, NetworkConfig
+from hyperpod.config import Config, NetworkConfig, VmConfig
 from hyperpod.cri.admin_service import AdminService
 from hyperpod.cri.image_service import ImageService
 from hyperpod.cri.ports import Ports
 from hyperpod.cri.runtime_service import RuntimeService
 from hyperpod.rpc.server import RpcServer
 from hyperpod.sandbox.network import PodNetworks
+from hyperpod.sandbox.userns import UserNamespaces
 from tests import imagekit as kit
 from tests.component.imagestore import opened, passable_folder
 
@@ -71,6 +72,7 @@ async def client() -> AsyncIterator[Client]:
                 images=store,
                 networks=networks,
                 stats=NOWHERE,
+                userns=UserNamespaces(VmConfig(kernel=base / "none")),
             )
             services = [
                 RuntimeService(ports, config, NOWHERE),
@@ -148,6 +150,11 @@ async def test_who_we_are(client: Client) -> None:
     assert network.reason == "NetworkPluginNotReady"
     assert "no CNI network" in network.message and "/net.d" in network.message
     assert [handler.name for handler in reply.runtime_handlers] == ["", "vm", "host"]
+    can = {
+        handler.name: handler.features and handler.features.user_namespaces
+        for handler in reply.runtime_handlers
+    }
+    assert can == {"": False, "vm": False, "host": True}, "there is no guest kernel here"
     driver = (await client.runtime.runtime_config(cri.RuntimeConfigRequest())).linux
     assert driver is not None and driver.cgroup_driver == cri.CgroupDriver.SYSTEMD
     await client.runtime.update_runtime_config(cri.UpdateRuntimeConfigRequest())

@@ -152,3 +152,12 @@ async def test_the_agent_s_folder_is_root_s(cri_client: Cri, pod: str) -> None:
     )
     assert streams.st_uid != 0
     assert stat.S_IMODE((home / "b").stat().st_mode) == 0o700
+
+
+async def test_the_hosts_null_device_stays_the_hosts(cri_client: Cri, pod: str) -> None:
+    user = security(run_as_user=cri.Int64Value(value=1000))
+    container = await cri_client.sh(pod, "cat; stat -c %u /proc/self/fd/0; sleep 600", linux=user)
+    await until_logged(cri_client, container)
+    assert (await cri_client.exec(container, "chmod", "0", "/proc/self/fd/0")).exit_code == 1
+    null = Path("/dev/null").stat()
+    assert (null.st_uid, stat.S_IMODE(null.st_mode)) == (0, 0o666)

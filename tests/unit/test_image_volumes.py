@@ -11,7 +11,7 @@ import pytest
 from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.container import process
 from hyperpod.cri import convert, refusal, replies
-from hyperpod.errors import InvalidArgument, Unsupported
+from hyperpod.errors import InvalidArgument
 from hyperpod.model.container import Container, ContainerRecord, ContainerStatus
 from hyperpod.model.images import ImageConfig
 from hyperpod.model.mounts import ImageVolume
@@ -84,11 +84,11 @@ def test_what_cannot_be_is_named(mount: cri.Mount, words: str) -> None:
         record(mount)
 
 
-def test_two_at_one_place_and_what_is_not_built() -> None:
+def test_two_at_one_place_and_half_a_mapping() -> None:
     with pytest.raises(InvalidArgument, match=r"mounts\[1\]\.container_path '/v' is that of mounts\[0\]"):
         record(volume(), cri.Mount(container_path="/v/", host_path="/h"))
     mapping = [cri.IdMapping(length=1)]
-    with pytest.raises(Unsupported, match=r"mounts\[0\]\.uid_mappings is set"):
+    with pytest.raises(InvalidArgument, match=r"mounts\[0\]\.gid_mappings has 0 mappings"):
         record(volume(uid_mappings=mapping))
 
 

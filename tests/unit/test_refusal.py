@@ -124,10 +124,11 @@ def test_another_container_s_processes_are_a_container_s_business() -> None:
         refusal.refuse(cri.RunPodSandboxRequest(config=pod))
 
 
-def test_a_user_namespace_is_refused_although_all_of_it_is_zero() -> None:
-    request = _container(namespace_options=cri.NamespaceOption(userns_options=cri.UserNamespace()))
-    with pytest.raises(Unsupported, match="userns_options.mode is POD"):
-        refusal.refuse(cri.CreateContainerRequest.parse(bytes(request)))
+@pytest.mark.parametrize("mode", [cri.NamespaceMode.CONTAINER, cri.NamespaceMode.TARGET])
+def test_a_user_namespace_is_the_pods_or_the_nodes(mode: cri.NamespaceMode) -> None:
+    options = cri.NamespaceOption(userns_options=cri.UserNamespace(mode=mode))
+    with pytest.raises(InvalidArgument, match=f"userns_options.mode is {mode.name}"):
+        refusal.refuse(_container(namespace_options=options))
 
 
 def test_apparmor_profiles_are_refused() -> None:

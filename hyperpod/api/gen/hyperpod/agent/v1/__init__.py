@@ -17,6 +17,7 @@ __all__ = (
     "ForgetLayersResponse",
     "HelloRequest",
     "HelloResponse",
+    "IdMapping",
     "ImageVolume",
     "KillExecRequest",
     "KillExecResponse",
@@ -48,6 +49,7 @@ __all__ = (
     "UpdateContainerRequest",
     "UpdateContainerResponse",
     "User",
+    "UserNamespace",
     "WaitExecRequest",
     "WaitExecResponse",
 )
@@ -269,6 +271,11 @@ class HelloRequest(betterproto2.Message):
 
     hosts: "str" = betterproto2.field(8, betterproto2.TYPE_STRING)
 
+    userns: "UserNamespace | None" = betterproto2.field(20, betterproto2.TYPE_MESSAGE, optional=True)
+    """
+    A guest makes one, and network, IPC and UTS namespaces that belong to it. A host agent has got its own already.
+    """
+
 
 default_message_pool.register_message("hyperpod.agent.v1", "HelloRequest", HelloRequest)
 
@@ -296,6 +303,20 @@ class HelloResponse(betterproto2.Message):
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "HelloResponse", HelloResponse)
+
+
+@dataclass(eq=False, repr=False)
+class IdMapping(betterproto2.Message):
+    """
+    Ids 0 to `length` - 1 are those from `host_id` on where the agent runs.
+    """
+
+    host_id: "int" = betterproto2.field(1, betterproto2.TYPE_UINT32)
+
+    length: "int" = betterproto2.field(2, betterproto2.TYPE_UINT32)
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "IdMapping", IdMapping)
 
 
 @dataclass(eq=False, repr=False)
@@ -684,6 +705,16 @@ class User(betterproto2.Message):
 
 
 default_message_pool.register_message("hyperpod.agent.v1", "User", User)
+
+
+@dataclass(eq=False, repr=False)
+class UserNamespace(betterproto2.Message):
+    uids: "IdMapping | None" = betterproto2.field(1, betterproto2.TYPE_MESSAGE, optional=True)
+
+    gids: "IdMapping | None" = betterproto2.field(2, betterproto2.TYPE_MESSAGE, optional=True)
+
+
+default_message_pool.register_message("hyperpod.agent.v1", "UserNamespace", UserNamespace)
 
 
 @dataclass(eq=False, repr=False)

@@ -1,4 +1,7 @@
-"""Mount system calls on descriptors (Linux 5.12), and entering a mount namespace; each raises OSError."""
+"""Mount system calls on descriptors (Linux 5.12), and entering a mount namespace; each raises OSError.
+
+Standard library only: the agent uses it as well as the daemon.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ OPEN_TREE_CLONE = 1
 MOVE_MOUNT_F_EMPTY_PATH = 4
 
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
+MOUNT_ATTR_IDMAP = 0x100000
 MS_PRIVATE, MS_SLAVE = 1 << 18, 1 << 19
 
 _CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
@@ -55,6 +59,17 @@ def set_attributes(fd: int, path: bytes, *, attributes: int, propagation: int = 
         _libc.syscall(
             _SYS_MOUNT_SETATTR, fd, path, flags, ctypes.byref(value), ctypes.c_size_t(ctypes.sizeof(value))
         ),
+        "mount_setattr",
+    )
+
+
+def map_ids(tree: int, userns: int) -> None:
+    """Show the top mount of a detached copy with its ids mapped as in a user namespace. EINVAL: its file system
+    cannot do that."""
+    value = _MountAttr(MOUNT_ATTR_IDMAP, 0, 0, userns)
+    size = ctypes.c_size_t(ctypes.sizeof(value))
+    _check(
+        _libc.syscall(_SYS_MOUNT_SETATTR, tree, b"", AT_EMPTY_PATH, ctypes.byref(value), size),
         "mount_setattr",
     )
 

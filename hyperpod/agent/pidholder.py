@@ -1,0 +1,48 @@
+"""The first process of a pid namespace that containers share: it reaps, and does nothing else."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from hyperpod.agent import linux
+from hyperpod.title import set_title
+
+
+def hold_pid_namespace(userns: int = -1) -> int:
+    """Start it; gives its pid. `userns`: of the pod, whose root it is to be; -1: there is none."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        try:
+            if userns >= 0:
+                linux.setns(userns, linux.CLONE_NEWUSER)
+                os.setgroups([])
+                os.setresgid(0, 0, 0)
+                os.setresuid(0, 0, 0)
+            linux.unshare(linux.CLONE_NEWPID)
+            first = os.fork()
+            if first == 0:
+                _hold()
+            os.write(writing, str(first).encode())  # its number here: the new namespace is for children
+            os._exit(0)
+        finally:
+            os._exit(70)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with open(reading, "rb") as told:
+        number = told.read()
+    if not number:
+        raise OSError("no pid namespace could be made")
+    return int(number)
+
+
+def _hold() -> None:
+    """Never returns. The kernel reaps for who ignores SIGCHLD, and gives a namespace's first process no signal that
+    it does not ask for, except from outside."""
+    set_title("pause", "pause")
+    linux.hide()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    os.closerange(0, 1 << 16)
+    while True:
+        signal.pause()
