@@ -51,7 +51,9 @@ class Shares:
     async def seal(self, sandbox: LiveSandbox) -> None:
         """Once QEMU has connected, before anything of a tenant runs."""
         namespace = await asyncio.to_thread(sandbox.files.namespace)
-        await self._threads.run(lambda: binds.seal(namespace), "sealing the share", threading.Event())
+        await self._threads.run(
+            lambda: binds.seal(namespace), f"sealing the share of {sandbox.short}", threading.Event()
+        )
 
     async def end(self, sandbox: LiveSandbox) -> None:
         """Safe to repeat. All mounts go with it."""
