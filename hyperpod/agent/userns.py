@@ -110,15 +110,15 @@ class Namespaces:
         if netns:
             self._fds[linux.CLONE_NEWNET] = network = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
             userns = fcntl.ioctl(network, NS_GET_USERNS)
-            os.set_inheritable(userns, False)
         else:
             own |= linux.CLONE_NEWNET
         child = _Child(userns, own)
         try:
+            child.expect(_IN_USERNS)
             if not netns:
                 child.map_ids(uids, gids)
                 userns = child.open("user")
-            child.proceed()
+            child.expect(_IN_ALL)
             self._fds[linux.CLONE_NEWUTS], self._fds[linux.CLONE_NEWIPC] = (
                 child.open("uts"),
                 child.open("ipc"),
@@ -149,47 +149,49 @@ class Namespaces:
                     resource.setrlimit(number, (soft, wanted))
 
 
+_IN_USERNS, _IN_ALL = b"u", b"a"
+
+
 class _Child:
-    """A process that makes the namespaces and waits to be looked at."""
+    """A process that makes the namespaces, tells how far it is, and waits to be looked at."""
 
     def __init__(self, userns: int, own: int) -> None:
-        """`userns` -1: a new one, whose maps are not written yet."""
-        told, telling = os.pipe2(os.O_CLOEXEC)
+        """`userns` -1: a new one, whose maps it waits for."""
+        self._told, telling = os.pipe2(os.O_CLOEXEC)
         waiting, self._go = os.pipe2(os.O_CLOEXEC)
-        self._told = told
         self.pid = os.fork()
         if self.pid == 0:
             try:
                 os.close(self._go)
                 if userns < 0:
                     linux.unshare(linux.CLONE_NEWUSER)
-                    os.write(telling, b"u")
-                    os.read(waiting, 1)
                 else:
                     linux.setns(userns, linux.CLONE_NEWUSER)
-                    os.write(telling, b"u")
+                os.write(telling, _IN_USERNS)
+                if userns < 0:
+                    os.read(waiting, 1)
                 linux.unshare(own)
-                os.write(telling, b"n")
+                os.write(telling, _IN_ALL)
                 os.read(waiting, 1)
+            except OSError as exc:
+                os.write(telling, (exc.strerror or "").encode())
             finally:
                 os._exit(0)
         os.close(telling)
         os.close(waiting)
-        self._expect(b"u")
 
-    def _expect(self, word: bytes) -> None:
-        if os.read(self._told, 1) != word:
-            raise OSError("the pod's user namespace, or a namespace in it, cannot be made")
+    def expect(self, word: bytes) -> None:
+        """Wait until it is that far. Raises OSError with its reason."""
+        told = os.read(self._told, 1)
+        if told != word:
+            why = (told + os.read(self._told, 200)).decode(errors="replace")
+            raise OSError(f"the pod's user namespace, or one that belongs to it, cannot be made: {why}")
 
     def map_ids(self, uids: IdMap, gids: IdMap) -> None:
         for name, ids in (("uid_map", uids), ("gid_map", gids)):
             with open(f"/proc/{self.pid}/{name}", "w") as file:
                 file.write(f"0 {ids.first} {ids.length}\n")
         os.write(self._go, b"g")
-
-    def proceed(self) -> None:
-        """Until its other namespaces are there."""
-        self._expect(b"n")
 
     def open(self, name: str) -> int:
         return os.open(f"/proc/{self.pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import platform
 
+from hyperpod.config import VmConfig
 from hyperpod.container.seccomp import runtime_default
 from hyperpod.daemon_args import config_of
 from hyperpod.errors import HyperpodError, NetworkError
 from hyperpod.hypervisor.doctor import Check, checks
+from hyperpod.model.sandbox import Kind
 from hyperpod.network.confdir import ConfDir
 from hyperpod.sandbox import artifacts
+from hyperpod.sandbox.userns import UserNamespaces
 from hyperpod.share import virtiofsd
 from hyperpod.spec.profile import Target
 
@@ -27,11 +31,25 @@ def file_server(setting: str) -> Check:
     )
 
 
+def user_namespaces(settings: VmConfig) -> list[Check]:
+    """What pods with `hostUsers: false` need."""
+    can = UserNamespaces(settings)
+    found = []
+    for kind, name in ((Kind.VM, "VM pods"), (Kind.HOST, "host pods")):
+        why = asyncio.run(can.missing(kind))
+        found.append(Check(f"user namespaces of {name}", not why, False, why or "can be had"))
+    return found
+
+
 def main(args: argparse.Namespace) -> int:
     """Exit code 0 when all that is required is there."""
     config = config_of(args)
     missing = 0
-    for check in [*checks(config.vm.accelerator), file_server(config.vm.virtiofs)]:
+    for check in [
+        *checks(config.vm.accelerator),
+        file_server(config.vm.virtiofs),
+        *user_namespaces(config.vm),
+    ]:
         print(f"{'ok     ' if check.found else 'MISSING'} {check.name}: {check.detail}")
         if not check.found and check.required:
             missing += 1

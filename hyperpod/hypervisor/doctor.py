@@ -18,6 +18,7 @@ PROGRAMS = {
     "mkfs.ext4": "e2fsprogs",
     "tc": "iproute2",
     "nsenter": "util-linux",
+    "unshare": "util-linux",
     "setpriv": "util-linux",
 }
 """Program to Debian package."""
