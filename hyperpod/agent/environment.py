@@ -155,7 +155,7 @@ def enter_user_namespace(hello: v1.HelloRequest) -> PodUser:
         made.enter()
         linux.interface_up("lo")
         made.user.own("/dev/shm")  # the pod's
-        made.user.pid_holder = hold_pid_namespace(made.user.fd)
+        made.user.pids = hold_pid_namespace(made.user.fd)
     except OSError as exc:
         raise InvalidArgument(f"the guest's kernel makes no user namespace: {exc}") from exc
     return made.user

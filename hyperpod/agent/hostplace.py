@@ -19,7 +19,7 @@ from hyperpod.agent.cgroups import ROOT as CGROUP_ROOT
 from hyperpod.agent.cgroups import Cgroups
 from hyperpod.agent.environment import Place, set_hostname, set_sysctl
 from hyperpod.agent.layout import Layout
-from hyperpod.agent.pidholder import hold_pid_namespace
+from hyperpod.agent.pidholder import PidNamespace, hold_pid_namespace
 from hyperpod.agent.userns import IdMap, PodUser
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import InvalidArgument
@@ -81,8 +81,8 @@ class HostPlace(Place):
         )
         cgroups = Cgroups(layout.cgroup)
         cgroups.setup()
-        holder = hold_pid_namespace(user.fd if user else -1) if options.pid else 0
-        return layout, cgroups, HostProcesses(holder, user)
+        pids = hold_pid_namespace(user.fd if user else -1) if options.pid else None
+        return layout, cgroups, HostProcesses(pids, user)
 
     @staticmethod
     async def clean(layout: Layout, cgroups: Cgroups) -> None:
@@ -136,16 +136,16 @@ def _enter(options: HostOptions) -> PodUser | None:
 
 
 class HostProcesses:
-    """What an OCI spec for a process on the host lacks. `pid_holder`: the first process of the pod's pid namespace;
-    0: the pod has none, and a spec without one means the host's. `user`: its user namespace, if it has one."""
+    """What an OCI spec for a process on the host lacks. `pids`: the pod's pid namespace; None: it has none, and a
+    spec without one means the host's. `user`: its user namespace, if it has one."""
 
-    def __init__(self, pid_holder: int = 0, user: PodUser | None = None) -> None:
-        self._pid_holder, self.user = pid_holder, user
+    def __init__(self, pids: PidNamespace | None = None, user: PodUser | None = None) -> None:
+        self.pids, self.user = pids, user
         self._limited = not _permitted() >> _CAP_SYS_RESOURCE & 1
 
     def complete(self, spec: dict[str, Any]) -> None:
         """Of a container: the pod's pid namespace, and what the first process may have."""
-        userns.share_pids(spec, self._pid_holder)
+        userns.share_pids(spec, self.pids)
         self.fit(spec["process"])
 
     def fit(self, process: dict[str, Any]) -> None:

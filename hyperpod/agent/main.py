@@ -54,6 +54,8 @@ async def serve(host: HostOptions | None) -> Place:
         place.user = processes.user
         await HostPlace.clean(layout, cgroups)
         loop.add_signal_handler(signal.SIGTERM, place.end)
+        if processes.pids is not None:  # without it no container of the pod can be started any more
+            reaper.watch(processes.pids.holder).add_done_callback(lambda _: place.end())
     owner = TaskOwner("agent", limit=16384)
     tools = Tools(layout, cgroups, reaper, owner, processes)
     tools.use(place.user)

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import dataclass
 
 from hyperpod.agent import linux
 from hyperpod.title import set_title
 
 
-def hold_pid_namespace(userns: int = -1) -> int:
-    """Start it; gives its pid. `userns`: of the pod, whose root it is to be; -1: there is none."""
+@dataclass(frozen=True)
+class PidNamespace:
+    """`holder`: pid of its first process, whose end is the namespace's. `fd`: the namespace, whatever becomes of
+    the number, which may be any process's later."""
+
+    holder: int
+    fd: int
+
+    @property
+    def path(self) -> str:
+        """For crun."""
+        return f"/proc/{os.getpid()}/fd/{self.fd}"
+
+
+def hold_pid_namespace(userns: int = -1) -> PidNamespace:
+    """Start the first process. `userns`: of the pod, whose root it is to be; -1: there is none."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child == 0:
@@ -34,7 +49,8 @@ def hold_pid_namespace(userns: int = -1) -> int:
         number = told.read()
     if not number:
         raise OSError("no pid namespace could be made")
-    return int(number)
+    holder = int(number)
+    return PidNamespace(holder, os.open(f"/proc/{holder}/ns/pid", os.O_RDONLY | os.O_CLOEXEC))
 
 
 def _hold() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import stat
 from collections.abc import Mapping
@@ -119,8 +120,12 @@ def _device(path: str, inside: str) -> dict[str, Any]:
         raise FailedPrecondition(f"device {path[:100]!r} is not in the guest: {exc.strerror}") from exc
     if not (stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)):
         raise FailedPrecondition(f"{path[:100]!r} is no device in the guest")
+    return _described(inside or path, status)
+
+
+def _described(path: str, status: os.stat_result) -> dict[str, Any]:
     return {
-        "path": inside or path,
+        "path": path,
         "type": "b" if stat.S_ISBLK(status.st_mode) else "c",
         "major": os.major(status.st_rdev),
         "minor": os.minor(status.st_rdev),
@@ -141,16 +146,17 @@ def _bound(inside: str, sources: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _every_device() -> list[dict[str, Any]]:
-    """Every node below /dev that a container is to have when it gets them all."""
+    """Every node below /dev that a container is to have when it gets them all. They come and go meanwhile."""
     found: list[dict[str, Any]] = []
     folders = ["/dev"]
     while folders:
-        with os.scandir(folders.pop()) as entries:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
             for entry in entries:
                 if entry.path.removeprefix("/dev/") in _NO_DEVICES or entry.is_symlink():
                     continue
-                if entry.is_dir():
-                    folders.append(entry.path)
-                elif stat.S_IFMT(entry.stat().st_mode) in (stat.S_IFCHR, stat.S_IFBLK):
-                    found.append(_device(entry.path, ""))
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.is_dir():
+                        folders.append(entry.path)
+                    elif stat.S_IFMT(entry.stat().st_mode) in (stat.S_IFCHR, stat.S_IFBLK):
+                        found.append(_described(entry.path, entry.stat()))
     return found

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hyperpod.agent import linux
+from hyperpod.agent.pidholder import PidNamespace
 from hyperpod.errors import InvalidArgument
 
 NS_GET_USERNS = 0xB701
@@ -47,12 +48,12 @@ class IdMap:
 
 
 class PodUser:
-    """The user namespace, by a descriptor that keeps it. `pid_holder`: first process of the pod's pid namespace, 0
-    where somebody else knows it."""
+    """The user namespace, by a descriptor that keeps it. `pids`: the pod's pid namespace, None where somebody else
+    knows it."""
 
     def __init__(self, fd: int, uids: IdMap, gids: IdMap) -> None:
         self.fd, self.uids, self.gids = fd, uids, gids
-        self.pid_holder = 0
+        self.pids: PidNamespace | None = None
 
     def owner(self, user: dict[str, Any]) -> tuple[int, int]:
         """Uid and gid out here of an OCI user object. Raises InvalidArgument when an id of it is not mapped."""
@@ -77,7 +78,7 @@ class PodUser:
         section["namespaces"].append({"type": "user", "path": f"/proc/{os.getpid()}/fd/{self.fd}"})
         for name, ids in (("uidMappings", self.uids), ("gidMappings", self.gids)):
             section[name] = [{"containerID": 0, "hostID": ids.first, "size": ids.length}]
-        share_pids(spec, self.pid_holder)
+        share_pids(spec, self.pids)
 
     @contextlib.contextmanager
     def as_root(self) -> Iterator[None]:
@@ -92,11 +93,11 @@ class PodUser:
             os.setegid(0)
 
 
-def share_pids(spec: dict[str, Any], holder: int) -> None:
-    """The pod's pid namespace for a container that has none of its own; `holder` 0: there is none."""
+def share_pids(spec: dict[str, Any], pids: PidNamespace | None) -> None:
+    """The pod's pid namespace, if it has one, for a container that has none of its own."""
     namespaces = spec["linux"]["namespaces"]
-    if holder and all(item["type"] != "pid" for item in namespaces):
-        namespaces.append({"type": "pid", "path": f"/proc/{holder}/ns/pid"})
+    if pids is not None and all(item["type"] != "pid" for item in namespaces):
+        namespaces.append({"type": "pid", "path": pids.path})
 
 
 class Namespaces:

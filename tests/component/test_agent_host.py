@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import shutil
 import socket
+import stat
+import threading
 from pathlib import Path
 
 import pytest
 
+from hyperpod.agent.security import Security, apply
 from hyperpod.agentclient.client import AgentClient
 from hyperpod.errors import ProtocolError, Unavailable
 from hyperpod.vsock.open import CONTROL_PORT, STDIO_PORT
@@ -113,3 +117,30 @@ async def test_shutdown_ends_a_host_agent(busybox_layer: Path, tmp_path: Path) -
         await kit.client.close()
     with socket.socket(socket.AF_UNIX) as probe, pytest.raises(OSError):
         probe.connect(str(agent_folder(tmp_path) / "1024.sock"))
+
+
+async def test_all_devices_while_they_come_and_go(tmp_path: Path) -> None:
+    """A privileged container does not fail for a disk that somebody has just pulled out."""
+    folder, over = Path(f"/dev/hp-test-{os.getpid()}"), threading.Event()
+
+    def plug() -> None:
+        while not over.is_set():
+            (folder / "below").mkdir(parents=True)
+            for number in range(20):
+                os.mknod(folder / f"below/{number}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+            shutil.rmtree(folder)
+
+    plugging = threading.Thread(target=plug)
+    plugging.start()
+    try:
+        for _ in range(300):
+            spec = {
+                "root": {"path": str(tmp_path)},
+                "process": {"user": {"uid": 0, "gid": 0, "additionalGids": []}},
+                "linux": {"resources": {"devices": []}},
+            }
+            await apply(spec, Security(all_devices=True))
+            assert "/dev/null" in {device["path"] for device in spec["linux"]["devices"]}  # type: ignore[index]
+    finally:
+        over.set()
+        plugging.join()

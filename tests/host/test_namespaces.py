@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import os
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -167,6 +171,47 @@ async def test_a_shared_pid_namespace_reaps(cri_client: Cri) -> None:
         seen = (await cri_client.exec(second, "ps")).stdout.decode()
     assert "[sleep]" not in seen, seen
     assert first
+
+
+async def test_the_end_of_a_shared_pid_namespace_is_the_pods(cri_client: Cri) -> None:
+    """No container could join it any more; and the number of its first process is soon another's."""
+    pod = await run_pod(cri_client)
+    container = await cri_client.sh(pod, "sleep 600")
+    verbose = cri.ContainerStatusRequest(container_id=container, verbose=True)
+    reply = await cri_client.runtime.container_status(verbose)
+    [inner] = [
+        path.parent
+        for path in Path("/proc").glob("[0-9]*/status")
+        if is_first(path) and namespace(path.parent) == namespace(Path("/proc", pid_of(reply)))
+    ]
+    os.kill(int(inner.name), signal.SIGKILL)
+    assert (await cri_client.wait(container)).exit_code in (137, 255)
+    request = cri.PodSandboxStatusRequest(pod_sandbox_id=pod)
+    async with asyncio.timeout(20):
+        while True:
+            status = (await cri_client.runtime.pod_sandbox_status(request)).status
+            assert status is not None
+            if status.state == cri.PodSandboxState.SANDBOX_NOTREADY:
+                break
+            await asyncio.sleep(0.05)
+
+
+def pid_of(reply: cri.ContainerStatusResponse) -> str:
+    return str(json.loads(reply.info["container"])["pid"])
+
+
+def is_first(status: Path) -> bool:
+    """Of its pid namespace, one that is not the host's."""
+    with contextlib.suppress(OSError):
+        [numbers] = [line for line in status.read_text().splitlines() if line.startswith("NSpid:")]
+        return len(numbers.split()) > 2 and numbers.split()[-1] == "1"
+    return False
+
+
+def namespace(process: Path) -> str:
+    with contextlib.suppress(OSError):
+        return str((process / "ns/pid").readlink())
+    return ""
 
 
 async def test_container_and_target(cri_client: Cri) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hyperpod.agent.pidholder import PidNamespace
 from hyperpod.agent.userns import IdMap, PodUser
 from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.cri import convert, replies
@@ -141,10 +142,10 @@ def test_the_oci_spec_of_a_container() -> None:
         "gidMappings": [{"containerID": 0, "hostID": 2000, "size": 20}],
     }
     assert pod.owner(made["process"]["user"]) == (1009, 2019)
-    pod.pid_holder = 7
+    pod.pids = PidNamespace(7, 98)
     made = spec()
     pod.complete(made)
-    assert {"type": "pid", "path": "/proc/7/ns/pid"} in made["linux"]["namespaces"]
+    assert {"type": "pid", "path": f"/proc/{os.getpid()}/fd/98"} in made["linux"]["namespaces"]
     own = spec()
     own["linux"]["namespaces"] = [{"type": "pid"}]
     pod.complete(own)
