@@ -115,6 +115,18 @@ class StreamingConfig(Section):
         return self
 
 
+class ClientConfig(Section):
+    """For the command line, where the streaming server has TLS; its options go before these."""
+
+    tls_ca: Path | None = None
+    """Authorities that may have signed the server's certificate; none: the system's."""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    """Ours, where the server has tls_client_ca."""
+    tls_server_name: str = ""
+    """The name in the server's certificate, where it is not the URL's."""
+
+
 class Config(Section):
     """The whole configuration."""
 
@@ -127,11 +139,14 @@ class Config(Section):
     sandbox_slots: int = Field(default=512, ge=1)
     host_pods: tuple[str, ...] = ("kube-system",)
     """Kubernetes namespaces whose pods may share the host's kernel; "*" is every one, an empty list none."""
+    operator_shell: bool = False
+    """Whether root of this host may have a shell in a sandbox beside its containers: `hyperpod console --shell`."""
     vm: VmConfig = VmConfig()
     image: ImageConfig = ImageConfig()
     network: NetworkConfig = NetworkConfig()
     container: ContainerConfig = ContainerConfig()
     streaming: StreamingConfig = StreamingConfig()
+    client: ClientConfig = ClientConfig()
 
     @field_validator("run_dir")
     @classmethod
@@ -146,6 +161,11 @@ class Config(Section):
         if value and not value.startswith("unix:///"):
             raise ValueError(f"listen is {value!r}; it must be unix:///an/absolute/path")
         return value
+
+    @property
+    def operator_socket(self) -> Path:
+        """Where operators' shells are served, when they are allowed."""
+        return self.run_dir / "operator.sock"
 
     @property
     def socket_path(self) -> Path:

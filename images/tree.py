@@ -68,6 +68,9 @@ OPENED_BY_NAME = (f"{LIBRARIES}/libgcc_s.so.1",)
 # What gives containers environment variables that are not UTF-8.
 ENVEXEC = "usr/lib/hyperpod/envexec"
 
+# The operator's shell, and its commands: one static program. hyperpod/agent/shell.py names it.
+BUSYBOX = "usr/lib/hyperpod/busybox"
+
 # What `crun --version` says, so that the agent need not start it to answer Hello (50 ms emulated).
 CRUN_VERSION = "etc/hyperpod/crun-version"
 
@@ -200,6 +203,7 @@ def package_names(python: str) -> list[str]:
     return [
         *(f"python{python}-minimal", f"libpython{python}-minimal", f"libpython{python}-stdlib", "crun"),
         *("libc6", "libgcc-s1", "libexpat1", "zlib1g", "libffi8", "libuuid1", "libcap2", "libseccomp2"),
+        "busybox-static",
         *("libsystemd0", "libyajl2", "libgcrypt20", "libgpg-error0", "liblz4-1", "liblzma5", "libzstd1"),
     ]
 
@@ -244,6 +248,7 @@ class Builder:
         _write(self.tree, "usr/lib64/ld-linux-x86-64.so.2", Entry(0o777, link=f"/{LOADER}"))
         self._link_libraries(binaries)
         _write(self.tree, ENVEXEC, Entry(0o755, data=envexec.build().read_bytes()))
+        _write(self.tree, BUSYBOX, self._entries["usr/bin/busybox"])
         _write(self.tree, CRUN_VERSION, Entry(0o644, data=self._crun_version().encode()))
 
     def _stand_ins(self, agent: modules.Closure) -> dict[str, Path]:

@@ -16,7 +16,8 @@ from typing import Any
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import BytesMessage, CloseConnection
 
-from hyperpod.cli.streamclient import SpdyClient, Stream, upgraded
+from hyperpod.cli.streamclient import SpdyClient, Stream
+from hyperpod.cli.upgrade import upgraded
 from hyperpod.config import StreamingConfig
 from hyperpod.errors import FailedPrecondition
 from hyperpod.shim.sessions.socket import StreamSocket
@@ -99,6 +100,9 @@ class StreamPod:
         if target.kind == "portforward":
             await self.shim.session(spec, sock.fileno())
             return
+        if target.kind == "exec" and len(target.ident) == 32:
+            await self.shim.session(replace(spec, exec_id=target.ident, tty=target.wanted.tty), sock.fileno())
+            return
         if (known := self.known.get(target.ident)) is None:
             raise FailedPrecondition("no such container here")
         spec = replace(spec, container=target.ident, tty=known.tty, stdin_once=known.stdin_once)
@@ -115,6 +119,13 @@ class StreamPod:
 
     def attach_url(self, container: str, wanted: Wanted = OUT) -> str:
         return self.server.url(Target("attach", container, wanted=wanted))
+
+    async def shell_url(self, wanted: Wanted = ALL) -> str:
+        """Of a shell in the agent's own place, which runs already."""
+        exec_id = secrets.token_hex(16)
+        process = json.dumps({"env": ["PATH=/usr/bin:/bin", "PS1=ready "]}).encode()
+        await self.agent.client.start_exec("", exec_id, process_json=process, tty=wanted.tty, stdin=True)
+        return self.server.url(Target("exec", exec_id, wanted=wanted))
 
     def forward_url(self, *ports: int) -> str:
         return self.server.url(Target("portforward", self.id, ports=ports))

@@ -69,13 +69,9 @@ class Cgroups:
                 path = f"{path}/{part}"
                 os.makedirs(ROOT + path, exist_ok=True)
                 self._enable(ROOT + path, wanted)
-            self._limit(f"{ROOT}{self.parent}/memory.max", memory_max)
-            self._limit(f"{ROOT}{self.parent}/pids.max", pids_max)
-            return
-        for hierarchy in self._hierarchies:
-            self._make_v1(hierarchy, self.parent)
-        self._limit(f"{ROOT}/memory{self.parent}/memory.limit_in_bytes", memory_max)
-        self._limit(f"{ROOT}/pids{self.parent}/pids.max", pids_max)
+        else:
+            self.make(self.parent)
+        self.limit(self.parent, memory_max, pids_max)
 
     @staticmethod
     def _enable(path: str, wanted: list[str]) -> None:
@@ -113,11 +109,28 @@ class Cgroups:
 
     def make_exec(self, container: str, name: str) -> None:
         """A cgroup for one exec below the container's: crun only moves into one that exists."""
+        self.make(f"{self.container_path(container)}/{name}")
+
+    def make(self, path: str) -> None:
+        """With its parents."""
         if self.unified:
-            os.makedirs(f"{ROOT}{self.container_path(container)}/{name}", exist_ok=True)
+            os.makedirs(ROOT + path, exist_ok=True)
             return
         for hierarchy in self._hierarchies:
-            self._make_v1(hierarchy, f"{self.container_path(container)}/{name}")
+            self._make_v1(hierarchy, path)
+
+    def member_files(self, path: str) -> list[str]:
+        """Who writes "0" to each of them is in the cgroup."""
+        return [f"{hierarchy}{path}/cgroup.procs" for hierarchy in self._hierarchies]
+
+    def limit(self, path: str, memory_max: int, pids_max: int) -> None:
+        """What all below together may have; 0: no limit."""
+        if self.unified:
+            self._limit(f"{ROOT}{path}/memory.max", memory_max)
+            self._limit(f"{ROOT}{path}/pids.max", pids_max)
+            return
+        self._limit(f"{ROOT}/memory{path}/memory.limit_in_bytes", memory_max)
+        self._limit(f"{ROOT}/pids{path}/pids.max", pids_max)
 
     def pids(self, path: str) -> list[int]:
         """Every process in the cgroup `path` and below it; empty when it does not exist."""

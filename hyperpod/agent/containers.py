@@ -18,6 +18,7 @@ from hyperpod.wire.stdio import Open
 
 if TYPE_CHECKING:
     from hyperpod.agent.imagemount import ImageVolume
+    from hyperpod.agent.shell import Shells
 
 MAX_CONTAINERS = 256
 _HEX = frozenset("0123456789abcdef")
@@ -48,6 +49,7 @@ class Containers:
         self.events = EventLog()
         self._known: dict[str, Container] = {}
         self._operations = Operations(tools.owner)
+        self._shells: Shells | None = None
 
     def __len__(self) -> int:
         return len(self._known)
@@ -131,8 +133,12 @@ class Containers:
         await self._operations.run(f"remove/{ident}", remove)
 
     async def start_exec(self, container: str, ident: str, process: bytes, *, tty: bool, stdin: bool) -> int:
+        """Gives the pid. Without a container it is a shell of the operator's."""
         check_id("exec", ident, 32)
-        found, document = self.get(container), parse_object("the OCI process", process)
+        document = parse_object("the OCI process", process)
+        if not container:
+            return self._operators().start(ident, document, tty=tty, stdin=stdin)
+        found = self.get(container)
         name = f"exec/{container}/{ident}"
         if self._operations.running(name):
             raise AlreadyExists(f"exec {ident} is being started")
@@ -152,6 +158,8 @@ class Containers:
             from hyperpod.agent.ports import PortStream  # only a pod that is forwarded to pays for it
 
             return PortStream(self.tools.owner, what.port)
+        if not what.container:
+            return self._operators().stream(what)
         if what.stream == "process":
             from hyperpod.agent.sessions import ProcessStream
 
@@ -159,8 +167,17 @@ class Containers:
         found = self.get(what.container)
         return (found.exec(what.exec_id).io if what.exec_id else found.io).stream(what.stream)
 
+    def _operators(self) -> Shells:
+        if self._shells is None:
+            from hyperpod.agent.shell import Shells  # most agents never have one
+
+            self._shells = Shells(self.tools)
+        return self._shells
+
     async def close(self) -> None:
         """Remove every container, then unmount every layer."""
+        if self._shells is not None:
+            await self._shells.close()
         for ident in list(self._known):
             await self.remove(ident)
         self.tools.layers.close()

@@ -117,6 +117,7 @@ class Reaper:
         stderr: int,
         *more: int,
         oom_score_adj: int | None = None,
+        environment: Mapping[str, str] = _ENV,
     ) -> tuple[int, asyncio.Future[int]]:
         """Start a program in a session of its own with these fds as 0, 1, 2 and on: pid, exit code future.
 
@@ -131,7 +132,7 @@ class Reaper:
                 pid = os.posix_spawnp(
                     argv[0],
                     list(argv),
-                    _ENV,
+                    environment,
                     file_actions=actions,
                     setsid=True,
                     setsigmask=(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from hyperpod import __version__
 from hyperpod.errors import HyperpodError
@@ -42,15 +43,22 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("-i", "--stdin", action="store_true", help="pass standard input on")
         one.add_argument("-t", "--tty", action="store_true", help="with a terminal")
         one.add_argument("container", metavar="CONTAINER")
+    forward = commands.add_parser("port-forward", help="make ports of a pod reachable on 127.0.0.1")
+    for one in (exec_, attach, forward):
+        _tls(one)
     exec_.add_argument("argv", nargs=argparse.REMAINDER, metavar="CMD")
 
-    forward = commands.add_parser("port-forward", help="make ports of a pod reachable on 127.0.0.1")
     forward.add_argument("--endpoint", default=DEFAULT_ENDPOINT, metavar="unix://PATH")
     forward.add_argument("pod", metavar="POD")
     forward.add_argument("ports", nargs="+", metavar="[LOCAL:]REMOTE", help="LOCAL 0: any that is free")
 
-    console = commands.add_parser("console", help="the last lines of a VM's console")
+    console = commands.add_parser(
+        "console", help="the last lines of a VM's console, or a shell in a pod's sandbox"
+    )
     console.add_argument("--endpoint", default=DEFAULT_ENDPOINT, metavar="unix://PATH")
+    console.add_argument(
+        "--shell", action="store_true", help="a shell beside the containers (operator_shell)"
+    )
     console.add_argument("pod", metavar="POD")
 
     demo = commands.add_parser("demo", help="the whole life of a pod, step by step, against a running daemon")
@@ -60,6 +68,22 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check what this host has and lacks")
     arguments(doctor)
     return top
+
+
+def _tls(command: argparse.ArgumentParser) -> None:
+    """Where the daemon's streaming server has a certificate."""
+    command.add_argument(
+        "--config", type=Path, metavar="FILE", help="configuration, whose [client] has these too"
+    )
+    command.add_argument(
+        "--tls-ca", type=Path, metavar="FILE", help="authorities to trust, else the system's"
+    )
+    command.add_argument("--tls-cert", type=Path, metavar="FILE", help="our certificate")
+    command.add_argument("--tls-key", type=Path, metavar="FILE", help="its key")
+    command.add_argument(
+        "--tls-server-name", default="", metavar="NAME", help="which the server's certificate has"
+    )
+    command.add_argument("--insecure-skip-tls-verify", action="store_true", help="trust whoever answers")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
-from urllib.parse import urlsplit
+from collections.abc import Coroutine
+from typing import Any
 
-import h11
-
+from hyperpod.cli.upgrade import Tls, upgraded
 from hyperpod.errors import HyperpodError, ProtocolError, Unavailable
 from hyperpod.shim.sessions.socket import Buffer, StreamSocket
+from hyperpod.tasks import TaskOwner
 from hyperpod.wire import spdy
 
-_ANSWER_TIMEOUT = 60.0
-_MAX_ANSWER = 64 * 1024
+_GOODBYE = 3.0
+"""Seconds for the last bytes to leave through TLS."""
 _UNREAD = 1024 * 1024
 """Bytes kept for readers before no more is taken from the server."""
 
@@ -75,26 +75,47 @@ class Stream:
         self._news.set()
 
 
+class Relay:
+    """The task between a TLS connection and our socket, if there is one."""
+
+    def __init__(self) -> None:
+        self._owner = TaskOwner("stream", limit=1)
+        self._task: asyncio.Task[None] | None = None
+
+    def spawn(self, name: str, coro: Coroutine[Any, Any, None]) -> None:
+        self._task = self._owner.spawn(name, coro)
+
+    async def finish(self) -> None:
+        """Our socket is closed: what it held still goes out."""
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=_GOODBYE)
+        await self._owner.close()
+
+
 class SpdyClient:
     """A connection to one streaming URL."""
 
-    def __init__(self, sock: StreamSocket, early: bytes) -> None:
+    def __init__(self, sock: StreamSocket, early: bytes, relay: Relay | None = None) -> None:
         self.connection = spdy.Connection(spdy.Role.CLIENT, flow_control=spdy.FlowControl.NONE)
         self.failure: HyperpodError | None = None
         self.closed = asyncio.Event()
-        self._socket = sock
+        self._socket, self._relay = sock, relay
         self._streams: dict[int, Stream] = {}
         self._unread = 0
         self._room = asyncio.Event()
         self._reader = asyncio.ensure_future(self._read(early))
 
     @classmethod
-    async def connect(cls, url: str, protocol: str) -> SpdyClient:
+    async def connect(cls, url: str, protocol: str, tls: Tls | None = None) -> SpdyClient:
         """Raises Unavailable: nobody listens, or the server refuses; its words are in the error."""
-        sock, early = await upgraded(
-            url, [("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1"), ("X-Stream-Protocol-Version", protocol)]
-        )
-        return cls(StreamSocket(sock), early)
+        relay = Relay()
+        headers = [
+            ("Connection", "Upgrade"),
+            ("Upgrade", "SPDY/3.1"),
+            ("X-Stream-Protocol-Version", protocol),
+        ]
+        sock, early = await upgraded(url, headers, tls=tls, spawn=relay.spawn)
+        return cls(StreamSocket(sock), early, relay)
 
     async def open(self, headers: spdy.Headers) -> Stream:
         """Raises Unavailable when the server refuses it."""
@@ -124,6 +145,8 @@ class SpdyClient:
             await self.flush()
         self.abort()
         await asyncio.gather(self._reader, return_exceptions=True)
+        if self._relay is not None:
+            await self._relay.finish()
 
     def abort(self) -> None:
         """Gone, without a word."""
@@ -174,47 +197,3 @@ class SpdyClient:
                 self._streams[number].wake()
             case spdy.StreamOpened(number):
                 self.connection.reset(number, spdy.ResetStatus.REFUSED_STREAM)
-
-
-async def upgraded(
-    url: str, headers: list[tuple[str, str]], method: str = "POST"
-) -> tuple[socket.socket, bytes]:
-    """A socket after the 101 response, and what was read behind it. Raises Unavailable."""
-    parts = urlsplit(url)
-    if parts.scheme != "http" or parts.hostname is None:
-        raise Unavailable(f"only http URLs can be used here, not {url[:100]!r}; with TLS use crictl")
-    loop, http = asyncio.get_running_loop(), h11.Connection(h11.CLIENT)
-    family = socket.AF_INET6 if ":" in parts.hostname else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setblocking(False)
-    try:
-        async with asyncio.timeout(_ANSWER_TIMEOUT):
-            await loop.sock_connect(sock, (parts.hostname, parts.port or 80))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            request = h11.Request(
-                method=method, target=parts.path, headers=[("Host", parts.netloc), *headers]
-            )
-            await loop.sock_sendall(
-                sock, (http.send(request) or b"") + (http.send(h11.EndOfMessage()) or b"")
-            )
-            status, text = 0, b""
-            while True:
-                event = http.next_event()
-                if event is h11.NEED_DATA:
-                    http.receive_data(await loop.sock_recv(sock, 65536))
-                elif isinstance(event, h11.InformationalResponse) and event.status_code == 101:
-                    return sock, http.trailing_data[0]
-                elif isinstance(event, h11.Response):
-                    status = event.status_code
-                elif isinstance(event, h11.Data):
-                    text = (text + event.data)[:_MAX_ANSWER]
-                elif isinstance(event, h11.EndOfMessage | h11.ConnectionClosed):
-                    raise Unavailable(
-                        f"the server answered {status}: {text.decode(errors='replace').strip()}"
-                    )
-    except (OSError, TimeoutError, h11.RemoteProtocolError) as exc:
-        sock.close()
-        raise Unavailable(f"cannot reach {parts.netloc}: {exc or 'no answer'}") from exc
-    except BaseException:
-        sock.close()
-        raise

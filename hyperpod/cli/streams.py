@@ -15,10 +15,12 @@ import threading
 import tty
 from collections.abc import Iterator
 
-from hyperpod.api.gen.hyperpod.admin.v1 import ConsoleRequest
+from hyperpod.api.gen.hyperpod.admin.v1 import ConsoleRequest, ShellRequest
 from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.cli.client import connect
 from hyperpod.cli.streamclient import SpdyClient, Stream
+from hyperpod.cli.upgrade import Tls
+from hyperpod.config import load
 from hyperpod.errors import HyperpodError, InvalidArgument, Unavailable
 
 _PIECE = 64 * 1024
@@ -37,14 +39,32 @@ async def _command(args: argparse.Namespace) -> int:
             url = (await client.runtime.exec(request)).url
         else:
             url = (await client.runtime.attach(cri.AttachRequest(container_id=args.container, **flags))).url
-    session = await SpdyClient.connect(url, "v4.channel.k8s.io")
+    return await _session(url, flags, _tls(args))
+
+
+def _tls(args: argparse.Namespace) -> Tls:
+    """The options, and what they leave open from the configuration's [client]."""
+    given = load(args.config, {}).client
+    return Tls(
+        ca=args.tls_ca or given.tls_ca,
+        cert=args.tls_cert or given.tls_cert,
+        key=args.tls_key or given.tls_key,
+        server_name=args.tls_server_name or given.tls_server_name,
+        verify=not args.insecure_skip_tls_verify,
+    )
+
+
+async def _session(url: str, flags: dict[str, bool], tls: Tls | None = None) -> int:
+    session = await SpdyClient.connect(url, "v4.channel.k8s.io", tls)
     try:
         names = ("error", "stdin", "stdout", "stderr", "resize")
         wanted = [
-            name for name in names if name == "error" or flags.get(name) or (name == "resize" and args.tty)
+            name
+            for name in names
+            if name == "error" or flags.get(name) or (name == "resize" and flags["tty"])
         ]
         streams = {name: await session.open((("streamtype", name),)) for name in wanted}
-        with _raw_terminal(args.tty and args.stdin):
+        with _raw_terminal(flags["tty"] and flags["stdin"]):
             return await _copy(streams)
     finally:
         await session.close()
@@ -126,7 +146,7 @@ async def _forward(args: argparse.Namespace) -> int:
     pairs = [_pair(text) for text in args.ports]
     async with connect(args.endpoint) as client:
         url = (await client.runtime.port_forward(cri.PortForwardRequest(pod_sandbox_id=args.pod))).url
-    session = await SpdyClient.connect(url, "portforward.k8s.io")
+    session = await SpdyClient.connect(url, "portforward.k8s.io", _tls(args))
     numbers = iter(range(1, 2**31))
     servers = []
     try:
@@ -197,7 +217,18 @@ def _pair(text: str) -> tuple[int, int]:
     return pair
 
 
+async def _shell(args: argparse.Namespace) -> int:
+    """With a terminal when we have one."""
+    tty = sys.stdin.isatty() and sys.stdout.isatty()
+    request = ShellRequest(pod_sandbox_id=args.pod, tty=tty, term=os.environ.get("TERM", ""))
+    async with connect(args.endpoint) as client:
+        url = (await client.admin.shell(request)).url
+    return await _session(url, {"stdin": True, "stdout": True, "stderr": not tty, "tty": tty})
+
+
 async def _console(args: argparse.Namespace) -> int:
+    if args.shell:
+        return await _shell(args)
     async with connect(args.endpoint) as client:
         tail = (await client.admin.console(ConsoleRequest(pod_sandbox_id=args.pod))).tail
     # The guest chose these bytes: nothing that a terminal would obey gets through.

@@ -12,6 +12,8 @@ from hyperpod.api.gen.hyperpod.admin.v1 import (
     LoadedImage,
     LoadRequest,
     LoadResponse,
+    ShellRequest,
+    ShellResponse,
 )
 from hyperpod.cri.guard import guarded
 from hyperpod.cri.ports import Ports
@@ -36,3 +38,7 @@ class AdminService(AdminBase):
         sandbox = self._ports.sandboxes.live(self._ports.sandboxes.get(message.pod_sandbox_id).id)
         tail = await sandbox.need_shim().console()
         return ConsoleResponse(tail=base64.b64decode(tail))
+
+    async def shell(self, message: ShellRequest) -> ShellResponse:
+        url = self._ports.streams.shell(message.pod_sandbox_id, tty=message.tty, term=message.term)
+        return ShellResponse(url=url)

@@ -61,7 +61,7 @@ class RpcServer:
 
     async def listen(self, path: Path) -> None:
         """Raises FailedPrecondition when somebody listens there already."""
-        sock = await asyncio.to_thread(_bind, path)
+        sock = await asyncio.to_thread(listening, path)
         self._path = path
         await self._server.start(sock=sock)
 
@@ -96,8 +96,10 @@ class RpcServer:
             protocol.end()
 
 
-def _bind(path: Path) -> socket.socket:
-    """A listening socket that nobody else could reach before its mode is 0600; a stale file is replaced."""
+def listening(path: Path) -> socket.socket:
+    """A listening socket that nobody else could reach before its mode is 0600; a stale file is replaced.
+
+    Raises FailedPrecondition, OSError."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o711)
     if path.exists():
         with socket.socket(socket.AF_UNIX) as probe:

@@ -186,12 +186,12 @@ class Shim:
     async def _session(self, request: Request, fds: list[int]) -> dict[str, Any]:
         """Takes over the client's socket; an exec's second descriptor is a file with its OCI process."""
         spec = from_request(request)
-        if len(fds) != (2 if spec.exec_id else 1):
+        if len(fds) != (2 if spec.kind == "exec" else 1):
             raise InvalidArgument(f"session: {len(fds)} descriptors came for {spec.kind}")
         if len(self._sessions) >= _SESSIONS:
             raise ResourceExhausted(f"the pod has {_SESSIONS} streaming sessions already")
         fanout = self._logs.fanout(spec.container) if spec.kind == "attach" else None
-        process = _read_file(fds[1]) if spec.exec_id else b""
+        process = _read_file(fds[1]) if spec.kind == "exec" else None
         sock = socket.socket(fileno=fds.pop(0))
         try:
             session: Session

@@ -66,6 +66,17 @@ class PlainConnection:
         self._sock.close()
 
 
+class _Protocol(asyncio.StreamReaderProtocol):
+    def __init__(self, reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(reader, loop=loop)
+        self.reader = reader
+
+
+def _protocol() -> _Protocol:
+    loop = asyncio.get_running_loop()
+    return _Protocol(asyncio.StreamReader(limit=_RELAY, loop=loop), loop)
+
+
 class TlsConnection:
     """The daemon encrypts and decrypts; the shim gets one end of a socket pair."""
 
@@ -78,13 +89,23 @@ class TlsConnection:
     @classmethod
     async def accept(cls, sock: socket.socket, context: ssl.SSLContext, timeout: float) -> TlsConnection:
         """Raises OSError (an ssl.SSLError is one) when the handshake fails."""
-        loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(limit=_RELAY, loop=loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        protocol, loop = _protocol(), asyncio.get_running_loop()
         transport, _ = await loop.connect_accepted_socket(
             lambda: protocol, sock, ssl=context, ssl_handshake_timeout=timeout, ssl_shutdown_timeout=_LINGER
         )
-        return cls(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
+        return cls(protocol.reader, asyncio.StreamWriter(transport, protocol, protocol.reader, loop))
+
+    @classmethod
+    async def connect(
+        cls, sock: socket.socket, context: ssl.SSLContext, name: str, timeout: float
+    ) -> TlsConnection:
+        """The client's side, for the command line; `name`: the server's. Raises as `accept`."""
+        protocol, loop = _protocol(), asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(
+            lambda: protocol, sock=sock, ssl=context, server_hostname=name, ssl_handshake_timeout=timeout,
+            ssl_shutdown_timeout=_LINGER,
+        )  # fmt: skip
+        return cls(protocol.reader, asyncio.StreamWriter(transport, protocol, protocol.reader, loop))
 
     async def read(self) -> bytes:
         return await self._reader.read(_READ)

@@ -63,6 +63,8 @@ _REASONS = {400: "Bad Request", 403: "Forbidden", 404: "Not Found", 405: "Method
 class StreamingServer:
     """Listens on one address."""
 
+    kinds: tuple[str, ...] = KINDS
+
     def __init__(self, config: StreamingConfig, tokens: Tokens, hand_over: HandOver) -> None:
         """Raises InvalidArgument: the certificates cannot be used."""
         self._config, self._tokens, self._hand_over = config, tokens, hand_over
@@ -77,6 +79,13 @@ class StreamingServer:
 
     async def listen(self) -> None:
         """Raises FailedPrecondition: the address is taken or not ours."""
+        sock, self._base = await self._bind()
+        self._sock = sock
+        self._owner.spawn("accept", self._accept(sock))
+        log.info("streaming on %s", self._base)
+
+    async def _bind(self) -> tuple[socket.socket, str]:
+        """A listening socket, and what URLs begin with."""
         address, port = self._config.address, self._config.port
         version = ipaddress.ip_address(address)
         sock = socket.socket(socket.AF_INET if version.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
@@ -90,15 +99,12 @@ class StreamingServer:
             raise FailedPrecondition(
                 f"streaming: cannot listen on {address} port {port}: {exc.strerror}; see streaming.port"
             ) from exc
-        self._sock = sock
         host = address if not version.is_unspecified else "127.0.0.1" if version.version == 4 else "::1"
         host = f"[{host}]" if ":" in host else host
         scheme = "https" if self._certificates is not None else "http"
-        self._base = f"{scheme}://{host}:{sock.getsockname()[1]}"
         if self._certificates is None and not version.is_loopback:
             log.warning("streaming: %s is not a loopback address and there is no TLS", address)
-        self._owner.spawn("accept", self._accept(sock))
-        log.info("streaming on %s", self._base)
+        return sock, f"{scheme}://{host}:{sock.getsockname()[1]}"
 
     def url(self, target: Target) -> str:
         """Where the target can be had, once, for a minute. Raises ResourceExhausted."""
@@ -132,15 +138,19 @@ class StreamingServer:
             self._pending[task] = None
             task.add_done_callback(lambda done: self._pending.pop(done, None))
 
+    def _admit(self, sock: socket.socket) -> None:
+        """Look at who comes, and set what the socket needs. Raises OSError."""
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
+
     async def _client(self, sock: socket.socket) -> None:
         connection: Connection = PlainConnection(sock)
         try:
             sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
+            self._admit(sock)
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 if self._certificates is not None:
                     context = self._certificates.context()
@@ -185,7 +195,7 @@ class StreamingServer:
         """Raises Refused."""
         path, _, _ = request.target.decode("latin-1").partition("?")
         parts = path.split("/")
-        if len(parts) != 3 or parts[0] or parts[1] not in KINDS or not parts[2]:
+        if len(parts) != 3 or parts[0] or parts[1] not in self.kinds or not parts[2]:
             raise Refused(
                 404, "there is nothing here: streams begin with the URL of an Exec, Attach or PortForward"
             )

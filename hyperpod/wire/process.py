@@ -7,8 +7,10 @@
              EXIT(code; payload: why it did not start)     once; before OPENED when it never ran
              ERROR(text)
 
-An exec lives as long as this connection: when it is lost, the process is hung up and then killed. After EXIT
-the host reads the outputs to their end and closes, whereupon the exec is forgotten.
+An operator's shell is started by StartExec of the control port, and only held by this connection: no START.
+
+An exec, and a shell, lives as long as this connection: when it is lost, the process is hung up and then killed.
+After EXIT the host reads the outputs to their end and closes, whereupon the exec is forgotten.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class Open:
-    """What the host asks for. `exec_id` is empty for the container's own streams, `container` for a port."""
+    """What the host asks for. `exec_id` is empty for the container's own streams, `container` for a port; with an
+    `exec_id` and no `container` it is a shell of the operator's, beside the containers."""
 
     container: str
     stream: str
@@ -162,10 +163,10 @@ def decode_open(frame: Frame) -> Open:
     stream, start = fields.get("stream"), fields.get("from_offset")
     if stream == "port":
         return _decode_port(fields)
-    if not isinstance(container, str) or not _CONTAINER.fullmatch(container):
-        raise ProtocolError("stdio: OPEN with a malformed container id")
     if not isinstance(exec_id, str) or not _EXEC.fullmatch(exec_id):
         raise ProtocolError("stdio: OPEN with a malformed exec id")
+    if not isinstance(container, str) or not (_CONTAINER.fullmatch(container) or (exec_id and not container)):
+        raise ProtocolError("stdio: OPEN with a malformed container id")
     if not isinstance(stream, str) or stream not in STREAMS:
         raise ProtocolError("stdio: OPEN of an unknown stream")
     if type(start) is not int or not 0 <= start <= MAX_OFFSET:

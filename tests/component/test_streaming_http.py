@@ -6,7 +6,6 @@ import asyncio
 import os
 import socket
 import ssl
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from hyperpod.streaming import server as module
 from hyperpod.streaming.server import StreamingServer
 from hyperpod.streaming.tokens import MAX_TOKENS, Target, Tokens
 from hyperpod.wire.upgrade import Upgrade
+from tests.certkit import Authority
 
 SPDY = "Connection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: v4.channel.k8s.io\r\n"
 TARGET = Target("exec", "ab" * 32, argv=("true",))
@@ -232,34 +232,6 @@ def test_tokens_end_and_are_bounded() -> None:
         tokens.issue(TARGET)
     now = 121.0
     assert len({tokens.issue(TARGET) for _ in range(100)}) == 100
-
-
-class Authority:
-    """A CA with certificates for 127.0.0.1, by openssl."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                      "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test", "-days", "2",
-                      "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
-        # What Python 3.13 insists on (RFC 5280, 4.2.1).
-        (folder / "ext").write_text("subjectAltName=IP:127.0.0.1\nauthorityKeyIdentifier=keyid\n")
-
-    def _openssl(self, *args: str) -> None:
-        subprocess.run(["openssl", *args], cwd=self.folder, check=True, capture_output=True)
-
-    def issue(self, name: str) -> None:
-        """<name>.pem and <name>.key."""
-        self._openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                      "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")  # fmt: skip
-        self._openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
-                      "-days", "2", "-extfile", "ext", "-out", f"{name}.pem")  # fmt: skip
-
-    def client(self, name: str = "") -> ssl.SSLContext:
-        context = ssl.create_default_context(cafile=self.folder / "ca.pem")
-        if name:
-            context.load_cert_chain(self.folder / f"{name}.pem", self.folder / f"{name}.key")
-        return context
 
 
 @pytest.fixture(scope="module")

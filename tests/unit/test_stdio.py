@@ -63,6 +63,8 @@ def test_open_round_trip(stream: str, exec_id: str, offset: int) -> None:
         Open("", "port", port=65535),
         Open(CONTAINER, "process", EXEC, tty=True),
         Open(CONTAINER, "process", stdin=True),
+        Open("", "process", EXEC, tty=True),
+        Open("", "stdout", EXEC),
     ],
 )
 def test_open_of_a_port_and_of_a_process(request_: Open) -> None:
@@ -73,7 +75,7 @@ def test_open_of_a_port_and_of_a_process(request_: Open) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"container": "x"}, {"container": 1}, {"exec": "zz"}, {"exec": None}, {"stream": "tty"}, {"stream": []},
+        {"container": "x"}, {"container": ""}, {"container": 1}, {"exec": "zz"}, {"exec": None}, {"stream": "tty"}, {"stream": []},
         {"from_offset": -1}, {"from_offset": True}, {"from_offset": 1.5}, {"from_offset": 2**63},
         {"stream": "port"}, {"stream": "port", "container": "", "port": 0}, {"stream": "process", "tty": 1},
     ],

@@ -107,17 +107,19 @@ class CommandSession(Session):
 
 
 class ExecSession(CommandSession):
-    """A process of its own, which lives as long as the session."""
+    """A process of its own, which lives as long as the session; an operator's shell, which runs already, too."""
 
-    def __init__(self, sock: socket.socket, spec: SessionSpec, dialer: AgentDialer, process: bytes) -> None:
-        """Raises InvalidArgument: the process is too large."""
+    def __init__(
+        self, sock: socket.socket, spec: SessionSpec, dialer: AgentDialer, process: bytes | None
+    ) -> None:
+        """`process`: OCI's, as JSON; None for a shell. Raises InvalidArgument: it is too large, or none."""
         super().__init__(sock, spec)
         self._dialer = dialer
         request = Open(spec.container, "process", spec.exec_id, tty=spec.tty, stdin=spec.wanted.stdin)
         self._process = HostProcess(request, process)
         self._pipes: set[PipeEnd] = set()
         try:
-            self._program = repr(json.loads(process)["args"][0][:200])
+            self._program = "a shell" if process is None else repr(json.loads(process)["args"][0][:200])
         except (ValueError, LookupError, TypeError) as exc:
             raise InvalidArgument("the exec's OCI process is not one") from exc
 

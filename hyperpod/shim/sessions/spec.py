@@ -19,7 +19,9 @@ _MAX_PORTS = 128
 
 @dataclass(frozen=True)
 class SessionSpec:
-    """`container` is empty for a port-forward, `exec_id` for an attach. Times in seconds, idle 0 is none."""
+    """`container` is empty for a port-forward and an operator's shell, `exec_id` for a port-forward and an attach.
+
+    Times in seconds, idle 0 is none."""
 
     transport: Transport
     protocol: str
@@ -40,8 +42,10 @@ class SessionSpec:
 
     @property
     def kind(self) -> str:
-        """For logs: exec, attach or port-forward."""
-        return "exec" if self.exec_id else "attach" if self.container else "port-forward"
+        """For logs: exec, shell, attach or port-forward."""
+        if self.exec_id:
+            return "exec" if self.container else "shell"
+        return "attach" if self.container else "port-forward"
 
 
 def to_json(spec: SessionSpec) -> dict[str, Any]:

@@ -11,6 +11,8 @@ __all__ = (
     "LoadRequest",
     "LoadResponse",
     "LoadedImage",
+    "ShellRequest",
+    "ShellResponse",
 )
 
 from dataclasses import dataclass
@@ -85,6 +87,35 @@ class LoadResponse(betterproto2.Message):
 default_message_pool.register_message("hyperpod.admin.v1", "LoadResponse", LoadResponse)
 
 
+@dataclass(eq=False, repr=False)
+class ShellRequest(betterproto2.Message):
+    pod_sandbox_id: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    Its id, or a prefix that is unique.
+    """
+
+    tty: "bool" = betterproto2.field(2, betterproto2.TYPE_BOOL)
+
+    term: "str" = betterproto2.field(3, betterproto2.TYPE_STRING)
+    """
+    The terminal's kind, for TERM.
+    """
+
+
+default_message_pool.register_message("hyperpod.admin.v1", "ShellRequest", ShellRequest)
+
+
+@dataclass(eq=False, repr=False)
+class ShellResponse(betterproto2.Message):
+    url: "str" = betterproto2.field(1, betterproto2.TYPE_STRING)
+    """
+    http+unix://<path of a socket of root's>/..., for a SPDY remote command; once, within a minute.
+    """
+
+
+default_message_pool.register_message("hyperpod.admin.v1", "ShellResponse", ShellResponse)
+
+
 class AdminStub(betterproto2_grpclib.ServiceStub):
     async def load(
         self,
@@ -128,6 +159,27 @@ class AdminStub(betterproto2_grpclib.ServiceStub):
             metadata=metadata,
         )
 
+    async def shell(
+        self,
+        message: "ShellRequest",
+        *,
+        timeout: "float | None" = None,
+        deadline: "Deadline | None" = None,
+        metadata: "MetadataLike | None" = None,
+    ) -> "ShellResponse":
+        """
+        A shell in a pod's sandbox, beside its containers. PERMISSION_DENIED unless the configuration allows it.
+        """
+
+        return await self._unary_unary(
+            "/hyperpod.admin.v1.Admin/Shell",
+            message,
+            ShellResponse,
+            timeout=timeout,
+            deadline=deadline,
+            metadata=metadata,
+        )
+
 
 class AdminBase(betterproto2_grpclib.ServiceBase):
     async def load(self, message: "LoadRequest") -> "LoadResponse":
@@ -144,6 +196,13 @@ class AdminBase(betterproto2_grpclib.ServiceBase):
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
+    async def shell(self, message: "ShellRequest") -> "ShellResponse":
+        """
+        A shell in a pod's sandbox, beside its containers. PERMISSION_DENIED unless the configuration allows it.
+        """
+
+        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
+
     async def __rpc_load(self, stream: "grpclib.server.Stream[LoadRequest, LoadResponse]") -> None:
         request = await stream.recv_message()
         assert request is not None
@@ -154,6 +213,12 @@ class AdminBase(betterproto2_grpclib.ServiceBase):
         request = await stream.recv_message()
         assert request is not None
         response = await self.console(request)
+        await stream.send_message(response)
+
+    async def __rpc_shell(self, stream: "grpclib.server.Stream[ShellRequest, ShellResponse]") -> None:
+        request = await stream.recv_message()
+        assert request is not None
+        response = await self.shell(request)
         await stream.send_message(response)
 
     def __mapping__(self) -> "dict[str, grpclib.const.Handler]":
@@ -169,5 +234,11 @@ class AdminBase(betterproto2_grpclib.ServiceBase):
                 grpclib.const.Cardinality.UNARY_UNARY,
                 ConsoleRequest,
                 ConsoleResponse,
+            ),
+            "/hyperpod.admin.v1.Admin/Shell": grpclib.const.Handler(
+                self.__rpc_shell,
+                grpclib.const.Cardinality.UNARY_UNARY,
+                ShellRequest,
+                ShellResponse,
             ),
         }

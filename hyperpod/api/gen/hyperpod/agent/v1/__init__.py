@@ -937,6 +937,10 @@ class AgentStub(betterproto2_grpclib.ServiceStub):
         deadline: "Deadline | None" = None,
         metadata: "MetadataLike | None" = None,
     ) -> "StartExecResponse":
+        """
+        Without a container_id it starts a shell for the operator in the agent's own root and namespaces, of whose
+        process_json only `env` counts: it lives as long as its `process` stream, which must be opened within 10 s.
+        """
 
         return await self._unary_unary(
             "/hyperpod.agent.v1.Agent/StartExec",
@@ -1161,6 +1165,10 @@ class AgentBase(betterproto2_grpclib.ServiceBase):
         yield Event()
 
     async def start_exec(self, message: "StartExecRequest") -> "StartExecResponse":
+        """
+        Without a container_id it starts a shell for the operator in the agent's own root and namespaces, of whose
+        process_json only `env` counts: it lives as long as its `process` stream, which must be opened within 10 s.
+        """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
