@@ -75,7 +75,8 @@ def test_open_of_a_port_and_of_a_process(request_: Open) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"container": "x"}, {"container": ""}, {"container": 1}, {"exec": "zz"}, {"exec": None}, {"stream": "tty"}, {"stream": []},
+        {"container": "x"}, {"container": ""}, {"container": 1}, {"exec": "zz"}, {"exec": None},
+        {"stream": "tty"}, {"stream": []},
         {"from_offset": -1}, {"from_offset": True}, {"from_offset": 1.5}, {"from_offset": 2**63},
         {"stream": "port"}, {"stream": "port", "container": "", "port": 0}, {"stream": "process", "tty": 1},
     ],
