@@ -23,6 +23,16 @@ def spdy_events(connection: spdy.Connection, data: bytes) -> list[spdy.Event]:
         raise ProtocolError(f"SPDY: {exc}") from exc
 
 
+def answer(connection: spdy.Connection, stream: int, *, fin: bool = False) -> bool:
+    """Reply to a stream that the client has opened. False: it takes no reply, being reset in the bytes behind
+    already, or unidirectional; then it is gone."""
+    if connection.must_reply(stream):
+        connection.reply(stream, fin=fin)
+        return True
+    connection.reset(stream, spdy.ResetStatus.PROTOCOL_ERROR)
+    return False
+
+
 class Part(NamedTuple):
     """Of a message; `channel` is -1 while nothing of it has come."""
 

@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from hyperpod.wire import spdy
-from hyperpod.wire.channels import SPDY_WINDOW, Buffer, Channels, spdy_events
+from hyperpod.wire.channels import SPDY_WINDOW, Buffer, Channels, answer, spdy_events
 from hyperpod.wire.upgrade import Transport
 from hyperpod.wire.websocket import MessageCodec
 
 MAX_CONNECTIONS = 512
 """Forwarded connections of one session at once."""
 _MAX_TEXT = 1024
-_MAX_EARLY = 64 * 1024
+_MAX_EARLY, _MAX_ALL_EARLY = 64 * 1024, 1024 * 1024
+"""Bytes kept for connections that are not complete: of one, and of all."""
 
 
 class Dial(NamedTuple):
@@ -108,6 +109,9 @@ class _Pair:
     data: int = 0
     error: int = 0
     old: bool = False
+    early: bytearray = field(default_factory=bytearray)
+    """What came on the data stream before its error stream did: clients open that one first, but need not."""
+    early_end: bool = False
 
 
 @dataclass
@@ -120,10 +124,12 @@ class SpdyForward:
             spdy.Role.SERVER, limits=spdy.Limits(streams=2 * MAX_CONNECTIONS, window=SPDY_WINDOW)
         )
     )
-    _waiting: dict[str, _Pair] = field(default_factory=dict)
     _pairs: dict[int, _Pair] = field(default_factory=dict)
-    _early: dict[int, list[ForwardEvent]] = field(default_factory=dict)
-    """What came on a data stream before its error stream did."""
+    _waiting: dict[str, _Pair] = field(default_factory=dict)
+    """Those of which one stream is there, by request; `_halves` has them by that stream."""
+    _halves: dict[int, _Pair] = field(default_factory=dict)
+    _held: int = 0
+    """Bytes that have come early, of all."""
 
     def start(self) -> list[ForwardEvent]:
         return []
@@ -155,56 +161,59 @@ class SpdyForward:
         if not 0 < port < 65536 or kind not in ("data", "error") or taken or pair.port != port:
             self._connection.reset(event.stream, spdy.ResetStatus.PROTOCOL_ERROR)
             return
+        if not answer(self._connection, event.stream):
+            self._forget(pair)
+            self._end(pair.error)  # who has opened it waits for its end
+            return
         if kind == "data":
             pair.data = event.stream
         else:
             pair.error = event.stream
-        self._connection.reply(event.stream)
         if not (pair.data and pair.error):
-            self._waiting[request] = pair
+            self._waiting[request] = self._halves[event.stream] = pair
             return
-        self._waiting.pop(request, None)
+        self._forget(pair)
         self._pairs[pair.data] = pair
         events.append(Dial(pair.data, pair.port))
-        events += self._early.pop(pair.data, ())
+        if pair.early:
+            events.append(Forward(pair.data, bytes(pair.early)))
+        if pair.early_end:
+            events.append(ForwardEnded(pair.data))
 
     def _data(self, stream: int, payload: bytes | memoryview, events: list[ForwardEvent]) -> None:
         if stream in self._pairs:
             events.append(Forward(stream, payload))
-        elif any(pair.data == stream for pair in self._waiting.values()):
-            self._hold(stream, payload)
+        elif (half := self._halves.get(stream)) is not None and half.data == stream:
+            half.early += payload
+            self._held += len(payload)
+            if len(half.early) > _MAX_EARLY or self._held > _MAX_ALL_EARLY:
+                self._drop(half, "more came than can be kept for a connection without its error stream")
         else:
             self._connection.acknowledge(stream, len(payload))
-
-    def _hold(self, stream: int, payload: bytes | memoryview) -> None:
-        """Data before the error stream: clients open that one first, but need not."""
-        held = self._early.setdefault(stream, [])
-        held.append(Forward(stream, bytes(payload)))
-        if sum(len(event.data) for event in held if isinstance(event, Forward)) > _MAX_EARLY:
-            self._forget_waiting(stream)
 
     def _tell(self, stream: int, event: ForwardEvent, events: list[ForwardEvent]) -> None:
         if stream in self._pairs:
             events.append(event)
-        elif any(pair.data == stream for pair in self._waiting.values()):
-            self._early.setdefault(stream, []).append(event)
+        elif (half := self._halves.get(stream)) is not None and half.data == stream:
+            half.early_end = True
 
     def _reset(self, stream: int, events: list[ForwardEvent]) -> None:
         if (pair := self._pairs.pop(stream, None)) is not None:
             self._end(pair.error)
             events.append(Dropped(stream))
-        else:
-            self._forget_waiting(stream)
+        elif (half := self._halves.get(stream)) is not None:
+            self._forget(half)
 
-    def _forget_waiting(self, stream: int) -> None:
-        for pair in list(self._waiting.values()):
-            if stream in (pair.data, pair.error):
-                self._drop(pair, "the connection's streams did not come both")
+    def _forget(self, half: _Pair) -> None:
+        """It waits no more, or never did."""
+        if self._waiting.pop(half.request, None) is not None:
+            self._halves.pop(half.data, None)
+            self._halves.pop(half.error, None)
+            self._held -= len(half.early)
 
-    def _drop(self, pair: _Pair, text: str) -> None:
-        del self._waiting[pair.request]
-        self._early.pop(pair.data, None)
-        self._fail(pair, text)
+    def _drop(self, half: _Pair, text: str) -> None:
+        self._forget(half)
+        self._fail(half, text)
 
     def _fail(self, pair: _Pair, text: str) -> None:
         message = text[:_MAX_TEXT].encode(errors="replace")

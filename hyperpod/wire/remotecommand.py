@@ -12,17 +12,19 @@ Begin once `Ready` has come. `receive` raises ProtocolError and nothing else; wh
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from hyperpod.errors import ProtocolError
 from hyperpod.wire import spdy
-from hyperpod.wire.channels import SPDY_WINDOW, Buffer, Channels, Part, spdy_events
+from hyperpod.wire.channels import SPDY_WINDOW, Buffer, Channels, Part, answer, spdy_events
 from hyperpod.wire.outcome import Outcome, as_status, as_text
 from hyperpod.wire.upgrade import Transport
 
 _CLOSE_SIGNAL = 255
+_VISIBLE = re.compile(r"\S")
 _MAX_RESIZE = 1024
 """Bytes of one size; no client writes more than 40."""
 
@@ -120,20 +122,27 @@ class Sizes:
         self._broken = False
 
     def feed(self, data: bytes | memoryview) -> list[Resized]:
+        if self._broken:
+            return []
         sizes: list[Resized] = []
-        self._text += bytes(data).decode("latin-1")
-        while not self._broken and (text := self._text.lstrip()):
+        text, position = self._text + bytes(data).decode("latin-1"), 0
+        while (start := _first_visible(text, position)) < len(text):
             try:
-                value, end = self._decoder.raw_decode(text)
+                value, end = self._decoder.raw_decode(text, start)
             except (ValueError, RecursionError):
-                self._broken = len(text) > _MAX_RESIZE
+                self._broken = len(text) - start > _MAX_RESIZE
                 break
-            self._text = text[end:]
+            position = end
             if (size := _size(value)) is not None:
                 sizes.append(size)
-        if self._broken:
-            self._text = ""
+        self._text = "" if self._broken else text[start:]
         return sizes
+
+
+def _first_visible(text: str, position: int) -> int:
+    """Where the next thing that is no white space is, the end if there is none."""
+    match = _VISIBLE.search(text, position)
+    return match.start() if match else len(text)
 
 
 def _size(value: object) -> Resized | None:
@@ -179,9 +188,10 @@ class SpdyCommand:
         if channel not in self._missing:
             self._connection.reset(event.stream, spdy.ResetStatus.REFUSED_STREAM)
             return
+        if not answer(self._connection, event.stream, fin=channel is Channel.STDIN and self._version == 1):
+            return
         self._missing.discard(channel)
         self._streams[channel], self._channels[event.stream] = event.stream, channel
-        self._connection.reply(event.stream, fin=channel is Channel.STDIN and self._version == 1)
         if not self._missing:
             events.append(Ready())
 

@@ -119,6 +119,11 @@ class Connection:
     def is_open(self, stream: int) -> bool:
         return stream in self._streams
 
+    def must_reply(self, stream: int) -> bool:
+        """Whether it is the peer's and waits for `reply`."""
+        found = self._streams.get(stream)
+        return found is not None and found.local is Half.MUST_REPLY
+
     def can_send(self, stream: int) -> bool:
         """Whether `send_data` is allowed in the stream's state."""
         found = self._streams.get(stream)
