@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
 import socket
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,8 @@ HIGH_WATER = 256 * 1024
 """Bytes queued in the transport before a stream stops sending."""
 
 OPEN_TIMEOUT = 10.0
+LOOK = 1.0
+"""Seconds between looks at a connection that is not read from."""
 
 Find = Callable[[Open], Stream]
 
@@ -31,6 +34,7 @@ class StdioConnection(asyncio.Protocol):
         self._stream: Stream | None = None
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._watch: asyncio.TimerHandle | None = None
         self.writable = True
 
     # -- asyncio.Protocol ---------------------------------------------------------------------------------
@@ -44,6 +48,8 @@ class StdioConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
         self._transport = None
         stream, self._stream = self._stream, None
         if stream is not None:
@@ -77,10 +83,25 @@ class StdioConnection(asyncio.Protocol):
     def hold(self, held: bool) -> None:
         if self._transport is None or self._transport.is_closing():
             return
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
         if held:
             self._transport.pause_reading()
+            self._look()
         else:
             self._transport.resume_reading()
+
+    def _look(self) -> None:
+        """Who does not read is not told that the host has gone, and would hold on for ever."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        poll = select.poll()
+        poll.register(self._transport.get_extra_info("socket"), 0)  # its end and errors are always told
+        if poll.poll(0):
+            self._transport.abort()
+        else:
+            self._watch = asyncio.get_running_loop().call_later(LOOK, self._look)
 
     def finish(self) -> None:
         if self._transport is not None:

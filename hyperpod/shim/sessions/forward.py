@@ -92,6 +92,15 @@ class ForwardSession(Session):
             return
         one = self._connections[ident] = Forwarded(port)
         one.task = self._owner.spawn(f"{port}/{ident}", self._connection(ident, one))
+        # Not by the task itself: one that is cancelled before its first step never runs.
+        one.task.add_done_callback(lambda _: self._ended(ident, one))
+
+    def _ended(self, ident: int, one: Forwarded) -> None:
+        one.up.discard()
+        self._connections.pop(ident, None)
+        self.flush()
+        if not self._connections and not self.protocol.half_close:
+            self._over.set()
 
     async def _serve(self) -> None:
         """Watch over connections that do not become complete."""
@@ -112,12 +121,6 @@ class ForwardSession(Session):
                 self.protocol.fail(ident, f"error forwarding port {one.port}: {printable(str(cause), _TEXT)}")
             elif not isinstance(cause, ClientGone):  # its reader notices as well
                 raise
-        finally:
-            one.up.discard()
-            self._connections.pop(ident, None)
-            self.flush()
-            if not self._connections and not self.protocol.half_close:
-                self._over.set()
 
     async def _relay(self, ident: int, one: Forwarded) -> None:
         """Raises HyperpodError, ExceptionGroup."""

@@ -10,20 +10,22 @@ from collections import deque
 from hyperpod.errors import HyperpodError, Unavailable
 from hyperpod.shim.dialer import AgentDialer
 from hyperpod.shim.sessions.direct import PipeEnd, connect, taken
-from hyperpod.shim.sessions.socket import StreamSocket
+from hyperpod.shim.sessions.socket import Buffer, StreamSocket
 from hyperpod.wire.stdio import Open, StdinSender, StreamRefused
 
 log = logging.getLogger(__name__)
 
 LIMIT = 1024 * 1024
 """Bytes queued; then nothing more is read from the client."""
+SMALL = 16 * 1024
+"""Bytes; less is copied together: views of it would take more room than it, and keep all that was read at once."""
 
 
 class InputQueue:
     """Between the reader of a client and the writer towards the agent."""
 
     def __init__(self) -> None:
-        self._chunks: deque[bytes | memoryview] = deque()
+        self._chunks: deque[Buffer] = deque()
         self._size = 0
         self._news = asyncio.Event()
         self._room = asyncio.Event()
@@ -40,7 +42,13 @@ class InputQueue:
     def put(self, data: bytes | memoryview) -> None:
         if self._dead or self._ended:
             return
-        self._chunks.append(data)
+        last = self._chunks[-1] if self._chunks else None
+        if len(data) >= SMALL:
+            self._chunks.append(data)
+        elif isinstance(last, bytearray) and len(last) < SMALL:
+            last += data
+        else:
+            self._chunks.append(bytearray(data))
         self._size += len(data)
         self._news.set()
         if self._size >= LIMIT:
@@ -66,7 +74,8 @@ class InputQueue:
             await self._news.wait()
         taken: list[bytes | memoryview] = []
         while self._chunks and limit:
-            data = self._chunks.popleft()
+            first = self._chunks.popleft()
+            data = memoryview(first) if isinstance(first, bytearray) else first
             if len(data) > limit:
                 self._chunks.appendleft(memoryview(data)[limit:])
                 data = memoryview(data)[:limit]

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Iterable
 
 from hyperpod.errors import ResourceExhausted
+from hyperpod.shim.sessions.socket import Buffer
+from hyperpod.shim.sessions.stdin import SMALL
 
 LIMIT = 1024 * 1024
 """Bytes queued for one client."""
@@ -24,7 +26,7 @@ class Tap:
     def __init__(self, fanout: Fanout, streams: Iterable[str]) -> None:
         self._fanout = fanout
         self._open = set(streams)
-        self._queue: deque[tuple[str, bytes | memoryview]] = deque()
+        self._queue: deque[tuple[str, Buffer]] = deque()
         self._size = 0
         self._news = asyncio.Event()
         self._room = asyncio.Event()
@@ -46,7 +48,7 @@ class Tap:
         self._size -= len(data)
         if self._size < LIMIT:
             self._room.set()
-        return stream, data
+        return stream, memoryview(data) if isinstance(data, bytearray) else data
 
     def close(self) -> None:
         """Listen no more."""
@@ -55,7 +57,13 @@ class Tap:
 
     def put(self, stream: str, data: bytes | memoryview) -> None:
         if stream in self._open and not self._cut:
-            self._queue.append((stream, data))
+            last, buffer = self._queue[-1] if self._queue else ("", b"")
+            if len(data) >= SMALL:
+                self._queue.append((stream, data))
+            elif last == stream and isinstance(buffer, bytearray) and len(buffer) < SMALL:
+                buffer += data
+            else:
+                self._queue.append((stream, bytearray(data)))
             self._size += len(data)
             self._news.set()
             if self._size >= LIMIT:
