@@ -98,6 +98,15 @@ class Operations:
             await asyncio.wait([task])
 
 
+async def settle_all(*awaitables: Awaitable[Any]) -> list[Any]:
+    """Await all of them, each to its end also when another fails. Raises the first failure."""
+    results = await asyncio.gather(*awaitables, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
 async def bounded(awaitable: Awaitable[T], seconds: float, what: str) -> T:
     """Await with a deadline. Raises DeadlineExceeded that names `what`."""
     try:

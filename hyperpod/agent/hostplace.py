@@ -17,6 +17,7 @@ from typing import Any
 from hyperpod.agent import linux, podfiles, rootfs, userns
 from hyperpod.agent.cgroups import ROOT as CGROUP_ROOT
 from hyperpod.agent.cgroups import Cgroups
+from hyperpod.agent.crun import Crun
 from hyperpod.agent.environment import Place, set_hostname, set_sysctl
 from hyperpod.agent.layout import Layout
 from hyperpod.agent.pidholder import PidNamespace, hold_pid_namespace
@@ -48,6 +49,8 @@ class HostOptions:
     uids: str = ""
     gids: str = ""
     stdio_uid: int | None = None
+    crun_version: str = ""
+    """If known already."""
 
 
 class HostPlace(Place):
@@ -94,6 +97,9 @@ class HostPlace(Place):
             if os.path.exists(path):
                 rootfs.remove_tree(path)
         layout.make()
+
+    async def crun_version(self, crun: Crun) -> str:
+        return self._options.crun_version or await super().crun_version(crun)
 
     async def greet(self, hello: v1.HelloRequest) -> None:
         """A host agent shares its kernel: it sets what belongs to the pod's namespaces and refuses the rest."""

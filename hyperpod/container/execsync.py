@@ -77,8 +77,8 @@ class ExecRunner:
                 collector.cancel()
                 await asyncio.gather(collector, return_exceptions=True)
             ours.close()
-            with contextlib.suppress(HyperpodError):
-                await agent.remove_exec(container.id, exec_id)
+            # The answer need not wait for it.
+            self._containers.owner.spawn(f"remove/{exec_id}", _remove(agent, container.id, exec_id))
 
     @staticmethod
     async def _wait(
@@ -117,6 +117,11 @@ class ExecRunner:
         if pending:
             raise GuestError("the output of the command did not end")
         return collector.result()
+
+
+async def _remove(agent: AgentClient, container: str, exec_id: str) -> None:
+    with contextlib.suppress(HyperpodError):
+        await agent.remove_exec(container, exec_id)
 
 
 async def _read(sock: socket.socket) -> tuple[bytes, bytes]:

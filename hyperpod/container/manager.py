@@ -46,7 +46,7 @@ from hyperpod.spec import limits, mounts
 from hyperpod.spec.oci import build_spec
 from hyperpod.store.index import IdIndex
 from hyperpod.store.records import RecordStore
-from hyperpod.tasks import Operations, TaskOwner
+from hyperpod.tasks import Operations, TaskOwner, settle_all
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +156,8 @@ class ContainerManager:
             await self.store.create(ident, record, container.status)
             self._add(container)
             failpoints.passing("container.recorded")
+            # What is made for a container ends with the host at the latest: its record has time until it is told.
+            settled = self.owner.spawn(f"settle/{container.short}", self.store.settle(ident))
             await sandbox.disks.attach(leased.files, ident)
             failpoints.passing("container.layers")
             submounts: list[str] = []
@@ -182,8 +184,10 @@ class ContainerManager:
             ]
             await self.sandboxes.builder(sandbox).weigh(sandbox, min(scores, default=0))
             known = user and User(uid=user.uid, gid=user.gid, groups=user.groups)
-            await self._start_log(container, sandbox)
-            await self._set(container, prepared=True, user=known)
+            # Who finds it prepared and without a log, after a crash in between, starts that again.
+            await settle_all(
+                settled, self._start_log(container, sandbox), self._set(container, prepared=True, user=known)
+            )
             failpoints.passing("container.prepared")
         except (HyperpodError, OSError):
             await self._discard(container, sandbox)
@@ -366,7 +370,7 @@ class ContainerManager:
         async with container.lock:
             if self.index.find(container.id) is None:
                 return
-            await self._set(container, removing=True)
+            await self._set(container, durable=False, removing=True)
             failpoints.passing("container.removing")
             sandbox = self.sandboxes.index.find(container.sandbox_id)
             if sandbox is not None and sandbox.ready:
@@ -399,14 +403,14 @@ class ContainerManager:
         if self._names.get(container.name_key) == container.id:
             del self._names[container.name_key]
 
-    async def _set(self, container: LiveContainer, **changes: object) -> None:
-        """Known in memory at once, and durable when this returns; of a container that is gone, nothing is kept.
+    async def _set(self, container: LiveContainer, *, durable: bool = True, **changes: object) -> None:
+        """Known in memory at once, and recorded when this returns; of a container that is gone, nothing is kept.
 
         An exit is told by one task while another removes: writes must not meet each other or the removal."""
         container.status = container.status.next(**changes)
         async with container.writing:
             if self.index.find(container.id) is container:
-                await self.store.update(container.id, container.status)
+                await self.store.update(container.id, container.status, durable=durable)
 
     # -- logs ---------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from hyperpod.errors import FailedPrecondition
 from hyperpod.image.settings import ImageSettings
 from hyperpod.model.images import StoredImage
-from hyperpod.store.records import sync_folder, write_atomic
+from hyperpod.store.records import sync, write_atomic
 
 log = logging.getLogger(__name__)
 _SQUASHFS_MAGIC = b"hsqs"
@@ -91,7 +91,7 @@ class StoreDisk:
 
     def forget(self, image_id: str) -> None:
         self._path(image_id).unlink(missing_ok=True)
-        sync_folder(self.records)
+        sync(self.records)
 
     def orphans(self, wanted: set[str]) -> list[str]:
         """Layer files that are not in `wanted`."""

@@ -61,6 +61,7 @@ class VmBuilder(SandboxBuilder):
         phases, record = Phases(), sandbox.record
         try:
             with phases("network"):
+                await sandbox.on_disk()
                 network = await self.networks.attach(record)
             with phases("scratch"):
                 await self.scratch.create(

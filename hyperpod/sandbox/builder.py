@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from hyperpod.agentclient.types import HelloInfo
 from hyperpod.config import Config
-from hyperpod.errors import BootError, HyperpodError
+from hyperpod.errors import BootError
 from hyperpod.model.network import PodNetwork
 from hyperpod.model.sandbox import Kind, SandboxConfig
 from hyperpod.sandbox.cgroup import SandboxCgroups
@@ -146,11 +145,9 @@ class SandboxBuilder(ABC):
         sandbox.shim = shim
 
     async def end_shim(self, sandbox: LiveSandbox) -> None:
-        """Ask the shim to leave, then have the supervisor make sure of it and drop what it stored."""
+        """Have the supervisor end the shim and drop what it stored."""
         shim, sandbox.shim = sandbox.shim, None
         if shim is not None:
-            with contextlib.suppress(HyperpodError):
-                await shim.shutdown()
             await shim.close()
         await self.supervisor.drop(sandbox.id)
 

@@ -28,7 +28,9 @@ log = logging.getLogger(__name__)
 REMOVE_TIMEOUT = 5.0
 """Seconds for SIGKILLed processes to leave a cgroup; then it is left behind, with a warning."""
 
-RETRY = 0.02
+FIRST_RETRY, LAST_RETRY = 0.001, 0.05
+"""Seconds between looks whether they have; a process ends within one or two milliseconds."""
+
 _MAKE_ATTEMPTS = 5
 _UNUSABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _CPUSET = ("cpuset.cpus", "cpuset.mems")
@@ -76,14 +78,15 @@ class SandboxCgroups:
         if owner(path) is None:
             raise ValueError(f"{path!r} is not a sandbox's cgroup")
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + REMOVE_TIMEOUT
+        deadline, delay = loop.time() + REMOVE_TIMEOUT, FIRST_RETRY
         alive: list[int] = []
         while left := await asyncio.to_thread(self._remove_all, path):
             if loop.time() > deadline:
                 alive = await asyncio.to_thread(_pids, left)
                 log.warning("cgroups left behind, with processes %s: %s", alive, " ".join(left))
                 break
-            await asyncio.sleep(RETRY)
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, LAST_RETRY)
         if domain:
             await asyncio.to_thread(self._remove_libvirts, domain)
         return alive

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hyperpod import failpoints
+from hyperpod.agent.main import PATH
 from hyperpod.agent.rootfs import remove_tree
 from hyperpod.agentclient.types import HelloInfo
 from hyperpod.errors import HyperpodError, Unavailable
@@ -37,6 +38,7 @@ from hyperpod.spec import mountinfo, podfiles
 from hyperpod.spec.mounts import HostBind
 from hyperpod.spec.userns import map_line
 from hyperpod.supervisor import linux
+from hyperpod.tasks import settle_all
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class HostBuilder(SandboxBuilder):
     def __init__(self, common: Common) -> None:
         super().__init__(common)
         self._threads = MountThreads()
+        self._crun = CrunVersion()
 
     def cgroup(self, sandbox: LiveSandbox) -> str:
         return f"{self.root_cgroup(sandbox)}/agent"
@@ -83,23 +86,22 @@ class HostBuilder(SandboxBuilder):
             if netns is None:
                 return None
             with phases("network"):
+                await sandbox.on_disk()
                 return await self.networks.attach(record, vm=False, netns=netns)
 
-        async def start() -> None:
+        async def agent() -> None:
             with phases("agent"):
                 await self._start_agent(sandbox)
                 failpoints.passing("sandbox.agent-started")
-            with phases("shim"):
-                await self.start_shim(sandbox, resume=False)
-                failpoints.passing("sandbox.shim")
             with phases("claim"):
                 await self._claim(sandbox)
 
-        network, started = await asyncio.gather(fill(), start(), return_exceptions=True)
-        for outcome in (network, started):
-            if isinstance(outcome, BaseException):
-                raise outcome
-        assert not isinstance(network, BaseException)
+        async def shim() -> None:
+            with phases("shim"):
+                await self.start_shim(sandbox, resume=False)
+                failpoints.passing("sandbox.shim")
+
+        network, _, _ = await settle_all(fill(), agent(), shim())
         with phases("hello"):
             hello = await self._greet(sandbox, network)
             failpoints.passing("sandbox.agent")
@@ -130,6 +132,7 @@ class HostBuilder(SandboxBuilder):
             uids=map_line(options.userns.uids) if options.userns else "",
             gids=map_line(options.userns.gids) if options.userns else "",
             stdio_uid=record.uid,
+            crun_version=self._crun.known(),
             cgroup=cgroup,
         )
         _pid_file(sandbox).write_text(f"{pid} {began}\n")
@@ -155,7 +158,7 @@ class HostBuilder(SandboxBuilder):
         # Who is in the host's network reaches a stub resolver on its loopback too.
         resolver = hostdns.host_resolv_conf(stub=network is None)
         client = await sandbox.session.client()
-        return await client.hello(
+        hello = await client.hello(
             host_time_ns=now_ns(),
             entropy=b"",
             hostname=name,
@@ -163,6 +166,8 @@ class HostBuilder(SandboxBuilder):
             resolv_conf=podfiles.resolv_conf(config.dns, resolver),
             hosts=hosts,
         )
+        self._crun.learn(hello.crun_version)
+        return hello
 
     # -- its life -----------------------------------------------------------------------------------------
 
@@ -200,11 +205,10 @@ class HostBuilder(SandboxBuilder):
 
     async def tear_down(self, sandbox: LiveSandbox) -> None:
         await sandbox.session.close()
-        await self.end_shim(sandbox)
         if pid := self.agent_pid(sandbox):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        alive = await self.cgroups.remove(self.root_cgroup(sandbox))
+        _, alive = await settle_all(self.end_shim(sandbox), self.cgroups.remove(self.root_cgroup(sandbox)))
         if alive:
             raise Unavailable(
                 f"sandbox {sandbox.short}: its processes {', '.join(map(str, alive[:8]))} do not die, do they wait "
@@ -220,6 +224,26 @@ class HostBuilder(SandboxBuilder):
         await asyncio.to_thread(shutil.rmtree, sandbox.directory, ignore_errors=True)
         await asyncio.to_thread(remove_home, sandbox.agent_home)
         await asyncio.to_thread(_remove_scratch, self.scratch_path(sandbox))
+
+
+class CrunVersion:
+    """What an agent has found out, for as long as it is the same file: asking crun takes as long as an exec."""
+
+    def __init__(self) -> None:
+        self._version, self._file = "", (0, 0)
+
+    def known(self) -> str:
+        return self._version if self._file == self._look() else ""
+
+    def learn(self, version: str) -> None:
+        self._version, self._file = version, self._look()
+
+    @staticmethod
+    def _look() -> tuple[int, int]:
+        if (found := shutil.which("crun", path=PATH)) is None:
+            return (0, 0)
+        status = Path(found).stat()
+        return status.st_ino, status.st_mtime_ns
 
 
 def remove_home(home: Path) -> None:

@@ -37,6 +37,8 @@ class LiveSandbox:
         self.host_oom = False
         """The host's kernel killed the VM for want of memory in the pod's cgroup."""
         self.tasks: list[asyncio.Task[None]] = []
+        self.settled: asyncio.Task[None] | None = None
+        """Of a new sandbox: its record is being made durable."""
 
     @property
     def id(self) -> str:
@@ -60,6 +62,11 @@ class LiveSandbox:
 
     def view(self) -> Sandbox:
         return Sandbox(record=self.record, status=self.status)
+
+    async def on_disk(self) -> None:
+        """Wait until the record of a new sandbox outlives the host. Raises ResourceExhausted, OSError."""
+        if self.settled is not None:
+            await self.settled
 
     def need_ready(self) -> None:
         """Raises FailedPrecondition unless the sandbox is ready."""

@@ -151,7 +151,9 @@ class SandboxManager:
         try:
             await self.store.create(ident, record, sandbox.status)
             failpoints.passing("sandbox.recorded")
+            sandbox.settled = self.owner.spawn(f"settle/{sandbox.short}", self.store.settle(ident))
             built = await self.builder(sandbox).build(sandbox)
+            await sandbox.on_disk()
         except (HyperpodError, OSError) as exc:
             log.error("sandbox %s (%s) failed: %s", sandbox.short, config.metadata.key, exc)
             await self._roll_back(sandbox, str(exc))
@@ -332,14 +334,23 @@ class SandboxManager:
         if sandbox.status.phase in (SandboxPhase.STOPPED, SandboxPhase.REMOVING):
             return
         was_ready = sandbox.ready
-        await self._set(sandbox, SandboxPhase.STOPPING)
+        await self._set(sandbox, SandboxPhase.STOPPING, durable=False)
         failpoints.passing("sandbox.stopping")
         if was_ready and not sandbox.gone.is_set():
             await self.listener.sandbox_stopping(sandbox)
         await self._end_tasks(sandbox)
-        await self.builder(sandbox).tear_down(sandbox)
-        await self.listener.sandbox_stopped(sandbox, sandbox.gone_detail)
-        await self.networks.detach(sandbox.id)
+        unplugged: asyncio.Task[None] | None = None
+        if (
+            sandbox.record.kind is Kind.HOST
+        ):  # nothing of the plugins' is in use but by those who are being killed
+            unplugged = self.owner.spawn(f"unplug/{sandbox.short}", self.networks.detach(sandbox.id))
+        try:
+            await self.builder(sandbox).tear_down(sandbox)
+            await self.listener.sandbox_stopped(sandbox, sandbox.gone_detail)
+        finally:
+            if unplugged is not None:
+                await asyncio.wait([unplugged])
+        await (unplugged or self.networks.detach(sandbox.id))
         await self._set(
             sandbox,
             SandboxPhase.STOPPED,
@@ -364,7 +375,7 @@ class SandboxManager:
             await self._operations.run(f"remove/{sandbox.id}", lambda: self._remove(sandbox))
 
     async def _remove(self, sandbox: LiveSandbox) -> None:
-        await self._set(sandbox, SandboxPhase.REMOVING)
+        await self._set(sandbox, SandboxPhase.REMOVING, durable=False)
         failpoints.passing("sandbox.removing")
         await self.listener.sandbox_removing(sandbox)
         await self._forget(sandbox)
@@ -375,9 +386,11 @@ class SandboxManager:
         self._names.pop(sandbox.record.config.metadata.key, None)
         self.slots.free(sandbox.record.slot)
 
-    async def _set(self, sandbox: LiveSandbox, phase: SandboxPhase, **changes: object) -> None:
+    async def _set(
+        self, sandbox: LiveSandbox, phase: SandboxPhase, *, durable: bool = True, **changes: object
+    ) -> None:
         status = sandbox.status.to(phase, **changes)
-        await self.store.update(sandbox.id, status)
+        await self.store.update(sandbox.id, status, durable=durable)
         sandbox.status = status
 
     # -- recovery -----------------------------------------------------------------------------------------

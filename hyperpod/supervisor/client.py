@@ -76,6 +76,7 @@ class SupervisorClient:
         uids: str,
         gids: str,
         stdio_uid: int,
+        crun_version: str,
         cgroup: Sequence[str],
     ) -> tuple[int, int]:
         """Fork a host agent (HostOptions has what the arguments mean) into the folders `cgroup`; gives its pid and
@@ -91,6 +92,7 @@ class SupervisorClient:
             "uids": uids,
             "gids": gids,
             "stdio_uid": stdio_uid,
+            "crun_version": crun_version,
             "cgroup": list(cgroup),
         }
         fields = await self._caller.call("spawn_agent", args, timeout=SPAWN)

@@ -161,6 +161,7 @@ class Server:
             uids=request.text("uids"),
             gids=request.text("gids"),
             stdio_uid=request.number("stdio_uid", 0, _MAX_UID),
+            crun_version=request.text("crun_version", 64),
         )
         spec = AgentSpec(options, tuple(request.texts("cgroup")))
         try:
