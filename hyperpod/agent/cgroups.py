@@ -90,12 +90,15 @@ class Cgroups:
         """A v1 cgroup and its parents; an empty cpuset admits nobody, so it gets its parent's."""
         for attempt in range(MAKE_ATTEMPTS):
             try:
+                if "cpuset" not in os.path.basename(hierarchy).split(","):
+                    os.makedirs(hierarchy + path, exist_ok=True)
+                    return
                 current = hierarchy
                 for part in path.strip("/").split("/"):
                     above, current = current, f"{current}/{part}"
                     os.makedirs(current, exist_ok=True)
                     for name in ("cpuset.cpus", "cpuset.mems"):
-                        if os.path.exists(f"{current}/{name}") and not _read(f"{current}/{name}").strip():
+                        if not _read(f"{current}/{name}").strip():
                             _write(f"{current}/{name}", _read(f"{above}/{name}"))
                 return
             except OSError as exc:

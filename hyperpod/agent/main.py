@@ -9,7 +9,9 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hyperpod.agent import messages
@@ -36,8 +38,8 @@ CLOSE_TIMEOUT = 20.0
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-async def serve(host: HostOptions | None) -> Place:
-    """Run until Shutdown or SIGTERM. `host` is None in a guest."""
+async def serve(host: HostOptions | None, listening: Mapping[int, socket.socket] | None = None) -> Place:
+    """Run until Shutdown or SIGTERM. `host`: None in a guest. `listening`: sockets by port, if there are some."""
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     messages.evaluate_once()
     reaper = Reaper()
@@ -72,9 +74,11 @@ async def serve(host: HostOptions | None) -> Place:
         stdio.uid = host.stdio_uid
     for listener in (stdio, control):
         port = listener.port
-        await listener.start(
-            listen_vsock(port) if host is None else listen_unix(host.directory, port, listener.uid)
-        )
+        if listening is not None:
+            sock = listening[port]
+        else:
+            sock = listen_vsock(port) if host is None else listen_unix(host.directory, port, listener.uid)
+        await listener.start(sock)
     phase("listening")
     await ended.wait()
     try:
@@ -93,10 +97,10 @@ async def serve(host: HostOptions | None) -> Place:
     return place
 
 
-def main_on_host(options: HostOptions) -> int:
+def main_on_host(options: HostOptions, listening: Mapping[int, socket.socket] | None = None) -> int:
     """Until the agent is told to end, for who has forked it. Returns the process's exit code."""
     os.environ.setdefault("PATH", PATH)
-    asyncio.run(serve(options))
+    asyncio.run(serve(options, listening))
     return 0
 
 

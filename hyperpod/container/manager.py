@@ -151,6 +151,7 @@ class ContainerManager:
         ident, record, config = container.id, container.record, container.record.config
         security = process.security(config, record.image_config)
         binds = mounts.host_binds(config.mounts, ident)
+        logging_to: asyncio.Task[None] | None = None
         try:
             leased = layers.lease(record, self.images, on_host=sandbox.record.kind is Kind.HOST)
             await self.store.create(ident, record, container.status)
@@ -165,6 +166,8 @@ class ContainerManager:
                 submounts = await self.sandboxes.builder(sandbox).mount(sandbox, binds)
                 failpoints.passing("container.mounted")
             agent = await sandbox.session.client()
+            # Its streams are there as soon as the agent has heard of it, long before its root is mounted.
+            logging_to = self.owner.spawn(f"log/{container.short}", self._start_log(container, sandbox))
             user = await agent.create_container(
                 ident,
                 oci_spec=spec,
@@ -185,11 +188,11 @@ class ContainerManager:
             await self.sandboxes.builder(sandbox).weigh(sandbox, min(scores, default=0))
             known = user and User(uid=user.uid, gid=user.gid, groups=user.groups)
             # Who finds it prepared and without a log, after a crash in between, starts that again.
-            await settle_all(
-                settled, self._start_log(container, sandbox), self._set(container, prepared=True, user=known)
-            )
+            await settle_all(settled, logging_to, self._set(container, prepared=True, user=known))
             failpoints.passing("container.prepared")
         except (HyperpodError, OSError):
+            if logging_to is not None:  # or it would come after the end
+                await asyncio.wait([logging_to])
             await self._discard(container, sandbox)
             raise
 
@@ -236,6 +239,8 @@ class ContainerManager:
         """Undo a create that failed; what the guest has is told to go, if it listens."""
         with contextlib.suppress(HyperpodError):
             await (await sandbox.session.client(timeout=1.0)).remove_container(container.id)
+        with contextlib.suppress(HyperpodError):
+            await sandbox.need_shim().log_stop(container.id)
         await self._release(container, sandbox)
         await self._forget(container)
 

@@ -1,13 +1,14 @@
 """Which seccomp profile a container gets, and where it is read from.
 
-RuntimeDefault is a file that others maintain (containers/common's, as podman and CRI-O use it), read anew for each
-container so that an upgraded package counts at once. A file that is missing or broken is an error: a container
+RuntimeDefault is a file that others maintain (containers/common's, as podman and CRI-O use it), read again when it
+has changed, so that an upgraded package counts at once. A file that is missing or broken is an error: a container
 is never started with less than what was asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import platform
 import stat
@@ -31,6 +32,8 @@ class SeccompProfiles:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._default: dict[tuple[object, ...], dict[str, Any]] = {}
+        """The last one resolved, by what it was resolved from."""
 
     def kind(self, config: ContainerConfig) -> SeccompKind:
         """What the request comes to: privileged is unconfined, and unset is as the configuration says.
@@ -55,7 +58,26 @@ class SeccompProfiles:
         target = Target(caps, platform.machine(), kernel)
         if kind is SeccompKind.LOCALHOST:
             return await asyncio.to_thread(_localhost, Path(config.seccomp.path), target)
-        return await asyncio.to_thread(runtime_default, self._settings.seccomp_profile, target)
+        return await self._runtime_default(target)
+
+    async def _runtime_default(self, target: Target) -> dict[str, Any]:
+        path, key = self._settings.seccomp_profile, None
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            key = (
+                target,
+                status.st_dev,
+                status.st_ino,
+                status.st_size,
+                status.st_mtime_ns,
+                status.st_ctime_ns,
+            )
+            if (known := self._default.get(key)) is not None:
+                return known
+        profile = await asyncio.to_thread(runtime_default, path, target)
+        if key is not None:
+            self._default = {key: profile}
+        return profile
 
 
 def runtime_default(path: Path, target: Target) -> dict[str, Any]:

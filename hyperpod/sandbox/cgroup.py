@@ -196,6 +196,10 @@ def _uid(process: Path) -> int:
 
 def _make(hierarchy: Hierarchy, path: str) -> None:
     """Raises OSError."""
+    if not hierarchy.unified and "cpuset" not in hierarchy.controllers:
+        with contextlib.suppress(FileNotFoundError, FileExistsError, NotADirectoryError):
+            Path(hierarchy.mount + path).mkdir()
+            return
     for attempt in range(_MAKE_ATTEMPTS):
         try:
             for above, folder in _steps(hierarchy, path):

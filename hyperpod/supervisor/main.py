@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import gc
 import logging
 import os
 import resource
@@ -15,7 +14,7 @@ from pathlib import Path
 from hyperpod import logs
 from hyperpod.daemon_args import arguments, config_of
 from hyperpod.errors import FailedPrecondition
-from hyperpod.supervisor import agents, linux
+from hyperpod.supervisor import linux
 from hyperpod.supervisor.daemon import DaemonChild
 from hyperpod.supervisor.loop import Loop
 from hyperpod.supervisor.server import Server
@@ -65,10 +64,6 @@ def supervise(run_dir: Path, command: list[str], log_level: str = "info") -> int
 
     loop.on_signals([signal.SIGCHLD], reap)
     loop.on_signals([signal.SIGTERM, signal.SIGINT], daemon.stop)
-    agents.preload()
-    # Everything that is loaded now is shared with the shims and host agents: keep the collector from touching it.
-    gc.collect()
-    gc.freeze()
     daemon.start()
     code = loop.run()
     server.close()

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hyperpod.agent.hostplace import HostOptions
 from hyperpod.errors import HyperpodError, PermissionDenied, ProtocolError, Unavailable, Unsupported
 from hyperpod.shim import packets
 from hyperpod.shim.packets import Peer
-from hyperpod.supervisor.agents import AgentSpec, fork_agent
+from hyperpod.supervisor import linux
 from hyperpod.supervisor.loop import Loop
+from hyperpod.supervisor.nursery import Nursery
 from hyperpod.supervisor.shims import Shims, ShimSpec
 from hyperpod.wire.control import MAX_MESSAGE, Request, decode_request, encode_error, encode_reply
 
@@ -53,8 +53,9 @@ class Server:
     def __init__(self, loop: Loop, run_dir: Path, log_level: str) -> None:
         """Raises OSError."""
         self.path = run_dir / "supervisor.sock"
-        self._loop, self._run_dir, self._log_level = loop, run_dir, log_level
-        self.shims = Shims(loop, str(self.path), log_level, self.release)
+        self._loop, self._run_dir = loop, run_dir
+        self._nursery = Nursery(str(self.path), log_level)
+        self.shims = Shims(loop, self._nursery)
         self._connections: set[Connection] = set()
         self._operations: dict[str, Callable[[Connection, Request, list[int]], None]] = {
             "spawn_shim": self._spawn_shim,
@@ -74,14 +75,8 @@ class Server:
         made.replace(self.path)  # who sees it can connect
         loop.watch(self._sock.fileno(), self._accept)
 
-    def release(self) -> None:
-        """In a forked child: let go of everything that is the supervisor's alone."""
-        self._loop.close()
-        self._sock.close()
-        for connection in self._connections:
-            connection.sock.close()
-
     def close(self) -> None:
+        self._nursery.close()
         self._sock.close()
         self.path.unlink(missing_ok=True)
 
@@ -150,24 +145,25 @@ class Server:
 
     def _spawn_agent(self, connection: Connection, request: Request, fds: list[int]) -> None:
         _need_root(connection.peer)
-        options = HostOptions(
-            directory=request.text("directory"),
-            scratch=request.text("scratch"),
-            cgroup=request.text("cgroup_path"),
-            netns=request.text("netns"),
-            uts=request.flag("uts"),
-            ipc=request.flag("ipc"),
-            pid=request.flag("pid"),
-            uids=request.text("uids"),
-            gids=request.text("gids"),
-            stdio_uid=request.number("stdio_uid", 0, _MAX_UID),
-            crun_version=request.text("crun_version", 64),
-        )
-        spec = AgentSpec(options, tuple(request.texts("cgroup")))
+        fields = {
+            "directory": request.text("directory"),
+            "scratch": request.text("scratch"),
+            "cgroup": request.text("cgroup_path"),
+            "netns": request.text("netns"),
+            "uts": request.flag("uts"),
+            "ipc": request.flag("ipc"),
+            "pid": request.flag("pid"),
+            "uids": request.text("uids"),
+            "gids": request.text("gids"),
+            "stdio_uid": request.number("stdio_uid", 0, _MAX_UID),
+            "crun_version": request.text("crun_version", 64),
+            "cgroups": request.texts("cgroup"),
+        }
+        pid = self._nursery.spawn_agent(fields)
         try:
-            pid, start_time = fork_agent(spec, self._log_level, self.release)
+            start_time = linux.start_time(pid)
         except OSError as exc:
-            raise Unavailable(f"no agent could be forked: {exc.strerror}") from exc
+            raise Unavailable("the agent ended at its start") from exc
         connection.reply(request, {"pid": pid, "start_time": start_time})
 
     def _drop(self, connection: Connection, request: Request, fds: list[int]) -> None:

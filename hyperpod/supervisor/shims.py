@@ -1,22 +1,19 @@
-"""The shims: forked from this preloaded process, watched by pidfd, found again after our own restart."""
+"""The shims: forked in the nursery, watched by pidfd, found again after our own restart."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from hyperpod.errors import HyperpodError, ResourceExhausted, Unavailable
-from hyperpod.shim.main import serve
-from hyperpod.shim.service import ShimOptions, Stored
 from hyperpod.supervisor import linux
 from hyperpod.supervisor.loop import Loop
-from hyperpod.supervisor.store import Item, Store
+from hyperpod.supervisor.nursery import Nursery
+from hyperpod.supervisor.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -55,18 +52,16 @@ class Shim:
 
 
 class Shims:
-    """All of them, by sandbox id. `release` closes, in a forked child, what is the supervisor's own."""
+    """All of them, by sandbox id."""
 
-    def __init__(
-        self, loop: Loop, supervisor_socket: str, log_level: str, release: Callable[[], None]
-    ) -> None:
+    def __init__(self, loop: Loop, nursery: Nursery) -> None:
         self.all: dict[str, Shim] = {}
-        self._loop, self._socket, self._log_level, self._release = loop, supervisor_socket, log_level, release
+        self._loop, self._nursery = loop, nursery
 
     def spawn(self, spec: ShimSpec, *, resume: bool, done: Outcome) -> None:
         """Fork a shim; `done` is called once it listens, or with why not. One that still lives is killed first.
 
-        Raises ResourceExhausted.
+        Raises ResourceExhausted, Unavailable.
         """
         shim = self.all.get(spec.sandbox_id)
         if shim is None:
@@ -75,17 +70,21 @@ class Shims:
             shim = self.all[spec.sandbox_id] = Shim(spec.sandbox_id)
         if shim.pid:
             log.warning("sandbox %s: its shim, pid %d, is to be replaced", spec.sandbox_id[:12], shim.pid)
-            shim.when_dead.append(lambda: self.spawn(spec, resume=resume, done=done))
+            shim.when_dead.append(lambda: self._respawn(spec, resume=resume, done=done))
             _kill(shim, signal.SIGKILL)
             return
         if not resume:
             shim.store.clear()
-        pid = os.fork()
-        if pid == 0:
-            self._child(spec, shim)
+        pid = self._nursery.spawn_shim(asdict(spec), shim.store.items)
         shim.when_ready.append(done)
         self._watch(shim, pid)
         self._loop.after(READY_TIMEOUT, lambda: self._late(shim, pid))
+
+    def _respawn(self, spec: ShimSpec, *, resume: bool, done: Outcome) -> None:
+        try:
+            self.spawn(spec, resume=resume, done=done)
+        except HyperpodError as exc:
+            done(exc)
 
     def register(self, sandbox_id: str, pid: int) -> None:
         """A shim listens: one that was just forked, or one of an earlier supervisor."""
@@ -152,41 +151,6 @@ class Shims:
         if shim.pid == pid and shim.when_ready:
             log.error("sandbox %s: its shim does not get ready", shim.sandbox_id[:12])
             _kill(shim, signal.SIGKILL)
-
-    def _child(self, spec: ShimSpec, shim: Shim) -> None:
-        """The rest of the shim's life. Never returns."""
-        code = 70
-        try:
-            linux.reset_signals()
-            self._release()
-            stored = _stored(shim.store.items)
-            linux.close_all_but(fd for _, fds in stored.values() for fd in fds)
-            _enter(spec)
-            options = ShimOptions(
-                sandbox_id=spec.sandbox_id,
-                directory=spec.directory,
-                cid=spec.cid,
-                device=spec.device,
-                supervisor=self._socket,
-                stored=stored,
-            )
-            code = serve(options, self._log_level)
-        except BaseException:  # noqa: BLE001  a child may never return into the parent's stack
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-
-
-def _enter(spec: ShimSpec) -> None:
-    """Become the sandbox's: session, cgroups, user. Raises OSError."""
-    os.umask(0o077)
-    linux.become_background(f"hyperpod-shim {spec.directory}", spec.cgroups)
-    linux.drop_to(spec.uid, spec.gid)
-    linux.forbid_new_privileges()
-
-
-def _stored(items: dict[str, Item]) -> Stored:
-    return {name: (json.loads(item.state), item.fds) for name, item in items.items()}
 
 
 def _kill(shim: Shim, number: signal.Signals) -> None:

@@ -248,12 +248,44 @@ def test_other_users_command_nothing() -> None:
 
 
 def children(pid: int) -> list[int]:
+    """But for the nursery."""
+    return sorted(set(offspring(pid)) - set(nurseries(pid)))
+
+
+def nurseries(pid: int) -> list[int]:
+    words = (b"hyperpod.supervisor.forks", b"hyperpod-nursery")
+    return [child for child in offspring(pid) if any(word in cmdline(child) for word in words)]
+
+
+def offspring(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def test_a_killed_nursery_is_replaced() -> None:
+    with supervisor() as parent:
+        async with pod(parent) as one:
+            until(lambda: nurseries(parent.pid))
+            [nursery] = nurseries(parent.pid)
+            os.kill(nursery, signal.SIGKILL)
+            found = await one.spawn()
+            assert found.pid in children(parent.pid)
+            [other] = nurseries(parent.pid)
+            assert other != nursery
+
+
+async def test_the_nursery_ends_with_the_supervisor_and_the_shims_do_not() -> None:
+    with supervisor() as parent:
+        async with pod(parent) as one:
+            found = await one.spawn()
+            [nursery] = nurseries(parent.pid)
+            parent.kill()
+            until(lambda: nursery not in processes())
+            assert found.pid in processes()
 
 
 def test_a_killed_daemon_is_started_again_and_ends_with_the_supervisor() -> None:
     with supervisor() as parent:
-        until(lambda: children(parent.pid))
+        until(lambda: len(children(parent.pid)) == 1)
         [first] = children(parent.pid)
         os.kill(first, signal.SIGKILL)
         until(lambda: [c for c in children(parent.pid) if c != first])
@@ -265,7 +297,7 @@ def test_a_killed_daemon_is_started_again_and_ends_with_the_supervisor() -> None
 
 def test_the_daemon_does_not_outlive_a_killed_supervisor() -> None:
     with supervisor() as parent:
-        until(lambda: children(parent.pid))
+        until(lambda: len(children(parent.pid)) == 1)
         [daemon] = children(parent.pid)
         until(lambda: b"pause" in cmdline(daemon))
         parent.kill()

@@ -1,0 +1,121 @@
+"""`python -m hyperpod.supervisor.forks FD SUPERVISOR_SOCKET LOG_LEVEL`: the nursery's own process, see `nursery`.
+
+Messages on the SEQPACKET socket FD: "item" brings what a shim's predecessor stored, with its descriptors; "shim"
+and "agent" fork one, and are answered with its pid. The end of the socket is the end of this process.
+"""
+
+from __future__ import annotations
+
+import sys
+
+# Neither shim nor agent needs them: betterproto2, asyncio and hashlib do without, as in a guest, and every child's
+# share of this process is smaller.
+sys.modules.update(dict.fromkeys(("pydantic", "ssl", "_hashlib"), None))  # type: ignore[arg-type]
+
+import ctypes  # noqa: E402
+import gc  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import socket  # noqa: E402
+import traceback  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import NoReturn  # noqa: E402
+
+from hyperpod.errors import HyperpodError, Unavailable  # noqa: E402
+from hyperpod.shim import packets  # noqa: E402
+from hyperpod.shim.service import Stored  # noqa: E402
+from hyperpod.supervisor import children, linux  # noqa: E402
+from hyperpod.wire.control import Request, decode_request, encode_error, encode_reply  # noqa: E402
+
+_M_ARENA_MAX = -8
+"""mallopt(3): a malloc arena per thread would be memory per pod for nothing."""
+
+
+class Forks:
+    """Serves until its socket ends."""
+
+    def __init__(self, sock: socket.socket, supervisor_socket: str, log_level: str) -> None:
+        self._sock, self._supervisor, self._log_level = sock, supervisor_socket, log_level
+        self._stored: Stored = {}
+
+    def serve(self) -> None:
+        """Raises OSError."""
+        while True:
+            data, fds = packets.receive(self._sock)
+            if not data:
+                return
+            request = decode_request(data)
+            if request.op == "item":
+                self._stored[request.text("name")] = json.loads(request.text("state", len(data))), fds
+                continue
+            try:
+                reply = encode_reply(request.id, {"pid": self._fork(request)})
+            except HyperpodError as exc:
+                reply = encode_error(request.id, exc)
+            for _, held in self._stored.values():
+                packets.close_all(held)
+            self._stored = {}
+            packets.send(self._sock, reply)
+
+    def _fork(self, request: Request) -> int:
+        """By way of a process that ends at once, so that the supervisor is the parent. Raises Unavailable."""
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        between = os.fork()
+        if between == 0:
+            self._between(request, writing)
+        os.close(writing)
+        with open(reading, "rb") as told:
+            answer = told.read()
+        os.waitpid(between, 0)
+        if not answer.isdigit():
+            raise Unavailable(f"no {request.op[:16]} was forked: {answer.decode(errors='replace')[:1000]}")
+        return int(answer)
+
+    def _between(self, request: Request, writing: int) -> NoReturn:
+        try:
+            run = self._prepare(request)
+            pid = os.fork()
+            if pid == 0:
+                self._child(run)
+            os.write(writing, b"%d" % pid)
+        except (OSError, HyperpodError) as exc:
+            os.write(writing, str(exc).encode())
+        finally:
+            os._exit(0)
+
+    def _child(self, run: Callable[[], int]) -> NoReturn:
+        """The rest of the child's life: it may never return into the parent's stack."""
+        code = 70
+        try:
+            linux.reset_signals()
+            self._sock.detach()  # `run` closes what is not its own
+            code = run()
+        except BaseException:  # noqa: BLE001
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def _prepare(self, request: Request) -> Callable[[], int]:
+        """What the child is to do. Raises OSError."""
+        if request.op == "agent":
+            return children.agent_child(request.args, self._log_level)
+        return children.shim_child(request.args, self._stored, self._supervisor, self._log_level)
+
+
+def main(argv: list[str]) -> int:
+    """Exit code."""
+    fd, supervisor_socket, log_level = argv
+    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    linux.become_background(f"hyperpod-nursery {supervisor_socket}", ())
+    for number in (signal.SIGINT, signal.SIGTERM):  # it ends with the supervisor, whose business they are
+        signal.signal(number, signal.SIG_IGN)
+    children.preload()
+    gc.collect()
+    gc.freeze()
+    Forks(socket.socket(fileno=int(fd)), supervisor_socket, log_level).serve()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
