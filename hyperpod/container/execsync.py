@@ -23,6 +23,7 @@ from hyperpod.errors import (
 )
 from hyperpod.logs import printable
 from hyperpod.model.container import ContainerState, ExecResult
+from hyperpod.sandbox.phases import Laps
 from hyperpod.spec.oci import build_process
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ class ExecRunner:
         if container.state is not ContainerState.RUNNING:
             raise FailedPrecondition(f"container {container.short} is {container.state.value}, not running")
         sandbox = self._containers.sandboxes.live(container.sandbox_id)
+        laps = Laps()
+        sandbox.calls["ExecSync"] = laps.seconds
         agent = await sandbox.session.client()
         spec = build_process(replace(process.spec_input(container.record), args=argv, tty=False))
         exec_id = secrets.token_hex(16)
@@ -63,6 +66,7 @@ class ExecRunner:
                     await agent.start_exec(container.id, exec_id, process_json=spec, tty=False, stdin=False)
                 except HyperpodError as exc:
                     raise process.start_failure(argv, exc) from exc
+                laps("agent and crun")
                 await sandbox.need_shim().collect(
                     container.id, exec_id, tty=False, limit=LIMIT, fd=theirs.fileno()
                 )
@@ -70,7 +74,9 @@ class ExecRunner:
             code = await self._wait(
                 agent, container.id, exec_id, timeout=timeout, argv=argv, collector=collector
             )
+            laps("its run")
             stdout, stderr = await self._drain(agent, container.id, exec_id, collector)
+            laps("output")
             return ExecResult(stdout=stdout, stderr=stderr, exit_code=code)
         finally:
             if collector is not None:

@@ -42,6 +42,7 @@ from hyperpod.model.sandbox import Kind, SandboxConfig
 from hyperpod.model.security import LinuxResources, NamespaceMode, User
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.sandbox.manager import SandboxManager
+from hyperpod.sandbox.phases import Laps
 from hyperpod.spec import limits, mounts
 from hyperpod.spec.oci import build_spec
 from hyperpod.store.index import IdIndex
@@ -133,7 +134,8 @@ class ContainerManager:
         image = self.images.get(config.image)
         if image is None:
             raise NotFound(f"image {config.image[:200]!r} is not here; pull it first")
-        ident = secrets.token_hex(32)
+        ident, laps = secrets.token_hex(32), Laps()
+        sandbox.calls["CreateContainer"] = laps.seconds
         record = self._record(ident, sandbox, config, image)
         resources = limits.fit("config.linux.resources", config.resources, placement.room(sandbox.record))
         placement.check(sandbox.record, config)
@@ -142,11 +144,12 @@ class ContainerManager:
         placed = placement.placed(sandbox, process.spec_input(record, seccomp), record)
         spec = build_spec(replace(placed, resources=resources))
         container = LiveContainer(record, ContainerStatus(resources=resources))
+        laps("specification")
         async with container.lock:
-            await self._prepare(container, sandbox, spec)
+            await self._prepare(container, sandbox, spec, laps)
         return ident
 
-    async def _prepare(self, container: LiveContainer, sandbox: LiveSandbox, spec: bytes) -> None:
+    async def _prepare(self, container: LiveContainer, sandbox: LiveSandbox, spec: bytes, laps: Laps) -> None:
         """Leases, record, disks, bundle in the guest, log; undone when one fails."""
         ident, record, config = container.id, container.record, container.record.config
         security = process.security(config, record.image_config)
@@ -165,6 +168,7 @@ class ContainerManager:
             if binds:
                 submounts = await self.sandboxes.builder(sandbox).mount(sandbox, binds)
                 failpoints.passing("container.mounted")
+            laps("record, layers, mounts")
             agent = await sandbox.session.client()
             # Its streams are there as soon as the agent has heard of it, long before its root is mounted.
             logging_to = self.owner.spawn(f"log/{container.short}", self._start_log(container, sandbox))
@@ -180,6 +184,7 @@ class ContainerManager:
                 submounts=submounts,
                 image_volumes=leased.volumes_for_agent(),
             )
+            laps("agent")
             scores = [
                 c.record.config.resources.oom_score_adj
                 for c in self.of(sandbox.id)
@@ -189,6 +194,7 @@ class ContainerManager:
             known = user and User(uid=user.uid, gid=user.gid, groups=user.groups)
             # Who finds it prepared and without a log, after a crash in between, starts that again.
             await settle_all(settled, logging_to, self._set(container, prepared=True, user=known))
+            laps("record and log")
             failpoints.passing("container.prepared")
         except (HyperpodError, OSError):
             if logging_to is not None:  # or it would come after the end
@@ -267,6 +273,8 @@ class ContainerManager:
                 )
             sandbox = self.sandboxes.live(container.sandbox_id)
             sandbox.need_ready()
+            laps = Laps()
+            sandbox.calls["StartContainer"] = laps.seconds
             failpoints.passing("container.started")
             try:
                 pid = await (await sandbox.session.client()).start_container(container.id)
@@ -278,8 +286,10 @@ class ContainerManager:
                     container, START_ERROR_CODE, Reason.START_ERROR, str(exc), now, started_at=now
                 )
                 raise exc from failure
+            laps("agent and crun")
             if not container.status.finished_at:
                 await self._set(container, started_at=container.status.started_at or now_ns(), pid=pid)
+            laps("record")
             failpoints.passing("container.running")
 
     # -- update -------------------------------------------------------------------------------------------

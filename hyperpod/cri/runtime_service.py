@@ -136,6 +136,8 @@ class RuntimeService(cri.RuntimeServiceBase):
         reply = replies.pod_status(sandbox, containers, verbose=message.verbose)
         if message.verbose and (host := await self._ports.stats.host(sandbox.id)):
             reply.info["host"] = json.dumps(host)
+        if message.verbose:
+            reply.info["calls"] = json.dumps(self._ports.sandboxes.live(sandbox.id).calls)
         return reply
 
     async def update_pod_sandbox_resources(

@@ -37,6 +37,8 @@ class LiveSandbox:
         self.host_oom = False
         """The host's kernel killed the VM for want of memory in the pod's cgroup."""
         self.tasks: list[asyncio.Task[None]] = []
+        self.calls: dict[str, dict[str, float]] = {}
+        """How long the parts of the last call of each kind took, in seconds: for the verbose status."""
         self.settled: asyncio.Task[None] | None = None
         """Of a new sandbox: its record is being made durable."""
 

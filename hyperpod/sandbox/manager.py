@@ -34,6 +34,7 @@ from hyperpod.sandbox.builder import SandboxBuilder
 from hyperpod.sandbox.disks import LayerDisks, Layers
 from hyperpod.sandbox.host import HostBuilder
 from hyperpod.sandbox.live import LiveSandbox, SandboxListener
+from hyperpod.sandbox.phases import Laps
 from hyperpod.sandbox.userns import UserNamespaces
 from hyperpod.spec import place, podnet
 from hyperpod.spec.resources import MIB, vm_size
@@ -333,12 +334,14 @@ class SandboxManager:
     async def _stop(self, sandbox: LiveSandbox) -> None:
         if sandbox.status.phase in (SandboxPhase.STOPPED, SandboxPhase.REMOVING):
             return
-        was_ready = sandbox.ready
+        laps, was_ready = Laps(), sandbox.ready
+        sandbox.calls["StopPodSandbox"] = laps.seconds
         await self._set(sandbox, SandboxPhase.STOPPING, durable=False)
         failpoints.passing("sandbox.stopping")
         if was_ready and not sandbox.gone.is_set():
             await self.listener.sandbox_stopping(sandbox)
         await self._end_tasks(sandbox)
+        laps("containers")
         unplugged: asyncio.Task[None] | None = None
         if (
             sandbox.record.kind is Kind.HOST
@@ -347,10 +350,12 @@ class SandboxManager:
         try:
             await self.builder(sandbox).tear_down(sandbox)
             await self.listener.sandbox_stopped(sandbox, sandbox.gone_detail)
+            laps("processes and folders")
         finally:
             if unplugged is not None:
                 await asyncio.wait([unplugged])
         await (unplugged or self.networks.detach(sandbox.id))
+        laps("network")
         await self._set(
             sandbox,
             SandboxPhase.STOPPED,
@@ -358,6 +363,7 @@ class SandboxManager:
             stopped_at=now_ns(),
             message=sandbox.gone_detail or sandbox.status.message,
         )
+        laps("record")
         failpoints.passing("sandbox.stopped")
 
     async def _end_tasks(self, sandbox: LiveSandbox) -> None:

@@ -1,4 +1,4 @@
-"""Phase timings of one boot, and the phase's name on every failure."""
+"""Phase timings of one boot, and the phase's name on every failure; how long the parts of other calls took."""
 
 from __future__ import annotations
 
@@ -26,3 +26,15 @@ class Phases:
             raise BootError(name, str(exc) or type(exc).__name__) from exc
         finally:
             self.seconds[name] = round(time.monotonic() - start, 4)
+
+
+class Laps:
+    """`laps("agent")` at the end of each part of a call: the seconds since the one before, or since it was made."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def __call__(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name], self._last = round(now - self._last, 4), now

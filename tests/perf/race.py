@@ -21,7 +21,7 @@ from tests.daemonkit import Cri
 from tests.host.conftest import host_daemon_of
 from tests.perf import containerd
 from tests.perf.report import Figure, number, progress, table
-from tests.perf.runner import AT_ONCE, STEPS, Runner, write_lines
+from tests.perf.runner import AT_ONCE, STEPS, Runner, remove_cgroups, write_lines
 
 BUDGETS = {
     "RunPodSandbox": 107, "CreateContainer": 7.5, "StartContainer": 43, "pod to first log line": 161,
@@ -92,6 +92,7 @@ async def race(rounds: int, peer: str = "", containerds: list[Path | None] | Non
         if peer:
             path = peer.removeprefix("unix://")
             runners.append(await stack.enter_async_context(_peer(ours, peer, path, path, 0)))
+        stack.callback(remove_cgroups)
         await run(runners, rounds, base)
     return runners
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -21,6 +22,13 @@ AT_ONCE = 4
 IDLE_PODS = 10
 IDLE = 2.0
 """Seconds of rest before memory is looked at."""
+
+OWN_PIDS = cri.NamespaceOption(pid=cri.NamespaceMode.CONTAINER)
+DEFAULT = cri.SecurityProfile(profile_type=cri.SecurityProfileProfileType.RuntimeDefault)
+"""As a kubelet asks."""
+
+CGROUPS = "hyperpod-race"
+"""What a kubelet would make for the pods, and remove."""
 
 LINE = 100
 """Bytes of a line of output, with its end."""
@@ -64,7 +72,10 @@ class Runner:
             metadata=cri.PodSandboxMetadata(name=f"race-{ident}", uid=ident, namespace="test"),
             hostname=f"race-{ident}",
             log_directory=str(self.logs / ident),
-            linux=cri.LinuxPodSandboxConfig(cgroup_parent=f"/hyperpod-race/{ident}"),
+            linux=cri.LinuxPodSandboxConfig(
+                cgroup_parent=f"/{CGROUPS}/{ident}",
+                security_context=cri.LinuxSandboxSecurityContext(namespace_options=OWN_PIDS, seccomp=DEFAULT),
+            ),
         )
 
     async def run_pod(self, config: cri.PodSandboxConfig) -> str:
@@ -80,7 +91,11 @@ class Runner:
             command=list(argv),
             log_path="c.log",
             mounts=mounts or [],
-            linux=cri.LinuxContainerConfig(),
+            linux=cri.LinuxContainerConfig(
+                security_context=cri.LinuxContainerSecurityContext(
+                    namespace_options=OWN_PIDS, seccomp=DEFAULT
+                )
+            ),
         )
         request = cri.CreateContainerRequest(pod_sandbox_id=pod, config=container, sandbox_config=config)
         return (await self.client.runtime.create_container(request)).container_id
@@ -109,8 +124,12 @@ class Runner:
         """Ours tells where the time went."""
         request = cri.PodSandboxStatusRequest(pod_sandbox_id=pod, verbose=True)
         info = (await self.client.runtime.pod_sandbox_status(request)).info
-        for name, value in json.loads(info.get("timings", "{}")).items():
-            self.phases.setdefault(name, []).append(float(value))
+        for call, parts in {
+            "RunPodSandbox": json.loads(info.get("timings", "{}")),
+            **json.loads(info.get("calls", "{}")),
+        }.items():
+            for name, value in parts.items():
+                self.phases.setdefault(f"{call}: {name}", []).append(float(value))
 
     async def together(self, rounds: int) -> None:
         """AT_ONCE of them, each `rounds` pods one after the other."""
@@ -180,6 +199,13 @@ class Runner:
         assert told.hexdigest() == digest, f"{self.name}: the log has other bytes, {count} of them"
         self.logged.append(count / 2**20 / (grown - began))
         await self.client.remove_pod(pod)
+
+
+def remove_cgroups() -> None:
+    for hierarchy in Path("/sys/fs/cgroup").iterdir():
+        for folder, _, _ in os.walk(hierarchy / CGROUPS, topdown=False):
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
 
 
 def pss(pid: int) -> int:
