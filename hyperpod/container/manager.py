@@ -54,6 +54,9 @@ log = logging.getLogger(__name__)
 LOG_DRAIN = 10.0
 """Seconds that an exit waits for the container's last output to be in its log."""
 
+EXITS_AT_ONCE = 2.0
+"""Seconds that a reconnection waits for the exits that it has learnt of; usual logs are complete at once."""
+
 KILL_ALL = 5.0
 """Seconds that stopping a sandbox gives its containers to die of SIGKILL before the VM goes."""
 
@@ -483,6 +486,7 @@ class ContainerManager:
         settled = [c for c in self.of(sandbox.id) if not c.lock.locked()]  # the others report themselves
         agent = await sandbox.session.client()
         known = {info.id: info for info in await agent.list_containers()}
+        exits: list[asyncio.Task[None]] = []
         for container in settled:
             info = known.get(container.id)
             if container.status.finished_at or container.status.removing or container.lock.locked():
@@ -495,9 +499,14 @@ class ContainerManager:
                     started_at=container.status.started_at or now_ns(),
                 )  # fmt: skip
             elif info.exited:
-                await self.container_exited(sandbox, info)
+                # A task each: one container's log that does not end must not hold back the others, or the pod.
+                exits.append(
+                    self.owner.spawn(f"exit/{container.short}", self.container_exited(sandbox, info))
+                )
             elif info.state is AgentContainerState.RUNNING and not container.status.started_at:
                 await self._set(container, started_at=min(info.started_at_ns, now_ns()), pid=info.pid)
+        if exits:
+            await asyncio.wait(exits, timeout=EXITS_AT_ONCE)
 
     # -- recovery -----------------------------------------------------------------------------------------
 

@@ -21,6 +21,13 @@ from tests.daemonkit import BUSYBOX, Cri
 BINARY = cri.KeyValue(key="BIN", value=b"\xff\xfe\n\xe9")
 
 
+HOLD = (
+    "for p in /proc/[0-9]*; do "
+    "[ $p != /proc/$$ ] && grep -q 'echo up' $p/cmdline 2>/dev/null && exec 9>$p/fd/1; done;"
+)
+"""For a shell in a pod's pid namespace: keep the output of another one that says `echo up` open."""
+
+
 async def until_logged(client: Cri, container: str, count: int = 1) -> list[str]:
     async with asyncio.timeout(30):
         while len(lines := await client.log(container)) < count:
@@ -224,11 +231,7 @@ def reused(pid: int) -> Iterator[subprocess.Popen[bytes]]:
 async def test_who_gets_a_container_s_number_is_not_taken_for_it(cri_client: Cri, pod: str) -> None:
     """Between the end of a container's process and the report of it, which others can put off."""
     container = await cri_client.sh(pod, "echo up; sleep 2; exit 0")
-    script = (
-        "for p in /proc/[0-9]*; do [ $p != /proc/$$ ] && grep -q up $p/cmdline && exec 9>$p/fd/1; done;"
-        "echo held; sleep 600"
-    )
-    holder = await cri_client.sh(pod, script)
+    holder = await cri_client.sh(pod, f"{HOLD} echo held; sleep 600")
     await until_logged(cri_client, holder)
     target = cri.NamespaceOption(pid=cri.NamespaceMode.TARGET, target_id=container)
     context = cri.LinuxContainerSecurityContext(namespace_options=target)

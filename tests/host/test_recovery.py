@@ -17,6 +17,7 @@ from hyperpod import failpoints
 from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import Cri, Daemon
 from tests.host.conftest import ALLOWED, host_daemon_of
+from tests.host.test_lifecycle import HOLD
 
 COUNTER = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done"
 
@@ -113,6 +114,27 @@ async def test_the_death_of_an_agent_ends_its_pod(own_daemon: Daemon, daemon_awa
         assert "agent" in status.message
         assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"sleep\x004444" in read(p)]
         assert own_daemon.loops() == []
+        await client.remove_pod(pod)
+    assert own_daemon.leftovers() == []
+
+
+async def test_an_exit_that_takes_its_time_stops_no_pod(own_daemon: Daemon) -> None:
+    """A container ended while the daemon was away, and another holds what its log is read from."""
+    async with client_of(own_daemon) as client:
+        await client.load_busybox()
+        pod = await client.run_pod()
+        ending = await client.sh(pod, "echo up; while [ ! -e /dev/shm/end ]; do sleep 0.1; done; exit 3")
+        holder = await client.sh(pod, f"{HOLD} (sleep 2; touch /dev/shm/end) & {COUNTER}")
+        async with asyncio.timeout(10):
+            while len(await numbers(client, holder)) < 5:
+                await asyncio.sleep(0.05)
+    own_daemon.stop()
+    await asyncio.sleep(5)
+    own_daemon.start()
+    async with client_of(own_daemon) as client:
+        await goes_on(client, holder)
+        status = await client.wait(ending)
+        assert (status.exit_code, status.reason) == (3, "Error")
         await client.remove_pod(pod)
     assert own_daemon.leftovers() == []
 
