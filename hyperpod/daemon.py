@@ -50,7 +50,7 @@ from hyperpod.sandbox.network import PodNetworks
 from hyperpod.store.records import RecordStore, write_atomic
 from hyperpod.streaming.streams import Streams
 from hyperpod.supervisor.client import SupervisorClient
-from hyperpod.tasks import TaskOwner
+from hyperpod.tasks import TaskOwner, report_on
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +167,7 @@ async def serve(config: Config) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    report_on(signal.SIGUSR1)
     async with running(config):
         notify("READY=1")
         log.info("hyperpod %s ready on unix://%s", __version__, config.socket_path)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -105,6 +107,19 @@ async def settle_all(*awaitables: Awaitable[Any]) -> list[Any]:
         if isinstance(result, BaseException):
             raise result
     return results
+
+
+def report_on(number: int) -> None:
+    """From now on the signal `number` makes this process log what its loop has to do, for who wonders."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(number, lambda: log.warning("%s", _report(loop)))
+
+
+def _report(loop: asyncio.AbstractEventLoop) -> str:
+    names = [task.get_name() for task in asyncio.all_tasks(loop)]
+    kinds = Counter("/".join(name.split("/")[:2]) if "/" in name else "other" for name in names)
+    told = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(20))
+    return f"pid {os.getpid()}: {len(names)} tasks, {len(os.listdir('/proc/self/fd'))} descriptors: {told}"
 
 
 async def bounded(awaitable: Awaitable[T], seconds: float, what: str) -> T:

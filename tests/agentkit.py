@@ -158,6 +158,20 @@ def agent_pid(place: AgentPlace) -> int:
     raise AssertionError("the agent is not running")
 
 
+def processes_with(text: str) -> list[int]:
+    """Pids of all processes that have it in their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if text.encode() in command and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
 class AgentKit:
     """Short words for the tests: a claimed agent with its client."""
 

@@ -23,7 +23,7 @@ from hyperpod.agent.reaper import Reaper
 from hyperpod.agent.service import AgentService, h2_factory
 from hyperpod.agent.stdio import StdioConnection
 from hyperpod.errors import HyperpodError
-from hyperpod.tasks import TaskOwner
+from hyperpod.tasks import TaskOwner, report_on
 from hyperpod.wire.preface import Identity
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ async def serve(host: HostOptions | None, listening: Mapping[int, socket.socket]
         place.user = processes.user
         await HostPlace.clean(layout, cgroups)
         loop.add_signal_handler(signal.SIGTERM, place.end)
+        report_on(signal.SIGUSR1)
         if processes.pids is not None:  # without it no container of the pod can be started any more
             reaper.watch(processes.pids.holder).add_done_callback(lambda _: place.end())
     owner = TaskOwner("agent", limit=16384)

@@ -11,6 +11,7 @@ import signal
 
 from hyperpod import logs
 from hyperpod.shim.service import Shim, ShimOptions
+from hyperpod.tasks import report_on
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ async def _serve(options: ShimOptions) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, shim.stop.set)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    report_on(signal.SIGUSR1)
     await shim.run()
 
 

@@ -17,7 +17,7 @@ from hyperpod.agent.security import Security, apply
 from hyperpod.agentclient.client import AgentClient
 from hyperpod.errors import ProtocolError, Unavailable
 from hyperpod.vsock.open import CONTROL_PORT, STDIO_PORT
-from tests.agentkit import TIMEOUT, AgentKit, AgentPlace, agent_folder, host_agent
+from tests.agentkit import TIMEOUT, AgentKit, AgentPlace, agent_folder, host_agent, processes_with
 
 
 async def test_nobody_gets_in_before_a_claim(agent_place: AgentPlace) -> None:
@@ -28,19 +28,6 @@ async def test_nobody_gets_in_before_a_claim(agent_place: AgentPlace) -> None:
 
 def cgroups_of(name: str) -> list[str]:
     return [path for path, _, _ in os.walk("/sys/fs/cgroup") if f"/hyperpod/{name}/" in f"{path}/"]
-
-
-def processes_with(text: str) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if text.encode() in command and int(entry.name) != os.getpid():
-                found.append(int(entry.name))
-    return found
 
 
 async def until_running(text: str, count: int) -> None:

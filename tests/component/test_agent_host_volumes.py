@@ -11,8 +11,7 @@ import pytest
 from hyperpod.agentclient.types import ImageVolume, Layer
 from hyperpod.spec.imagevolumes import oci_mount
 from hyperpod.spec.oci import ContainerSpecInput
-from tests.agentkit import AgentKit, agent_folder, host_agent
-from tests.component.test_agent_host import processes_with
+from tests.agentkit import AgentKit, agent_folder, host_agent, processes_with
 
 
 def squashfs(folder: Path, name: str, **files: str) -> Layer:

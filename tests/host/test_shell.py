@@ -6,6 +6,7 @@ import asyncio
 import os
 import pty
 import re
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from grpclib.exceptions import GRPCError
 
 from hyperpod.api.gen.hyperpod.admin.v1 import ShellRequest
 from hyperpod.api.gen.runtime import v1 as cri
-from tests.agentkit import TIMEOUT
+from tests.agentkit import TIMEOUT, processes_with
 from tests.daemonkit import ROOT, Cri, Daemon
 from tests.host.conftest import ALLOWED, host_daemon_of
 
@@ -159,6 +160,7 @@ async def test_a_killed_daemon_and_a_killed_shim(open_daemon: Daemon) -> None:
     async with open_daemon.client() as client:
         client.handler = "host"
         pod = await client.run_pod()
+    marker = f"{secrets.randbelow(10**9) + 10**9}"
     process = await asyncio.create_subprocess_exec(
         *shell_argv(open_daemon, pod), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, cwd=ROOT
     )
@@ -167,26 +169,15 @@ async def test_a_killed_daemon_and_a_killed_shim(open_daemon: Daemon) -> None:
         process.stdin.write(b"echo one\n")
         assert await process.stdout.readline() == b"one\n"
         await asyncio.to_thread(open_daemon.kill_daemon)
-        process.stdin.write(b"sleep 5555 & echo two\n")
+        process.stdin.write(f"sleep {marker} & echo two\n".encode())
         assert await process.stdout.readline() == b"two\n"
-        while not sleepers():
+        while not processes_with(marker):
             await asyncio.sleep(0.01)
         [shim] = [p for p in open_daemon.processes() if "hyperpod-shim" in p and pod[:12] in p]
         os.kill(int(shim.split()[0]), 9)
         assert await process.wait() == 1
-        while sleepers():
+        while processes_with(marker):
             await asyncio.sleep(0.05)
     async with open_daemon.client() as client:
         await client.remove_pod(pod)
     assert open_daemon.leftovers() == []
-
-
-def sleepers() -> list[str]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_bytes() == b"sleep\x005555\x00":
-                found.append(path.parent.name)
-        except OSError:
-            continue
-    return found

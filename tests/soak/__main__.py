@@ -1,4 +1,7 @@
-"""`python -m tests.soak --seconds 3600`: pods as a kubelet keeps them, every invariant checked all the time."""
+"""`python -m tests.soak --seconds 3600`: pods as a kubelet keeps them, every invariant checked all the time.
+
+`--execs 10000` instead: streaming sessions in a host pod, byte-exact, the daemon killed after every 300 of them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import asyncio
 import sys
 
 from tests.daemonkit import daemon
+from tests.host.conftest import ALLOWED, host_daemon_of
+from tests.soak.execs import ExecSoak
 from tests.soak.kubelet import Kubelet
 
 
@@ -25,6 +30,22 @@ async def soak(seconds: float, pods: int, churn: float, kill: float) -> None:
         print(f"every invariant held for {seconds:.0f} s: {dict(kubelet.done)}")
 
 
+async def soak_execs(count: int, kill: int, seed: int) -> None:
+    with host_daemon_of(ALLOWED, log_level="info") as one:
+        run = ExecSoak(one, count, kill, seed)
+        async with one.client() as client:
+            client.handler = "host"
+            await client.load_busybox()
+            try:
+                await run.run(client)
+            except BaseException:
+                print(f"the end of the daemon's log:\n{one.text()[-6000:]}", file=sys.stderr)
+                raise
+        left = one.leftovers()
+        assert left == [], f"left behind: {left}"
+        print(f"every session was exact, nothing is left: {dict(run.done)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=3600)
@@ -33,7 +54,13 @@ def main() -> None:
     parser.add_argument(
         "--kill", type=float, default=300, help="seconds between kill -9 of the daemon; 0: never"
     )
+    parser.add_argument("--execs", type=int, default=0, help="so many streaming sessions, instead of pods")
+    parser.add_argument("--kill-every", type=int, default=300, help="sessions between two kill -9; 0: never")
+    parser.add_argument("--seed", type=int, default=4)
     args = parser.parse_args()
+    if args.execs:
+        asyncio.run(soak_execs(args.execs, args.kill_every, args.seed))
+        return
     asyncio.run(soak(args.seconds, args.pods, args.churn, args.kill))
 
 
