@@ -46,7 +46,6 @@ def loops_of(image: Path) -> list[str]:
 
 
 async def test_a_host_agent_leaves_nothing(busybox_layer: Path, tmp_path: Path) -> None:
-    mounts = Path("/proc/self/mounts").read_text()
     marker, folder = f"{secrets.randbelow(10**9) + 10**9}", agent_folder(tmp_path)
     async with host_agent(tmp_path, busybox_layer) as place:
         kit = await AgentKit.claim(place)
@@ -60,7 +59,10 @@ async def test_a_host_agent_leaves_nothing(busybox_layer: Path, tmp_path: Path) 
     assert processes_with(marker) == []
     assert loops_of(busybox_layer) == []
     assert cgroups_of(folder.name) == []
-    assert Path("/proc/self/mounts").read_text() == mounts
+    mounts = Path("/proc/self/mounts").read_text().splitlines()
+    assert [
+        line for line in mounts if str(tmp_path) in line
+    ] == []  # others of the host are not ours to judge
     left = [p for p in tmp_path.rglob("*") if not p.is_dir() and not p.is_socket()]
     assert left == []
 
