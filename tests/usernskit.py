@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 from hyperpod.api.gen.runtime import v1 as cri
+from hyperpod.cli.streamclient import SpdyClient
+from hyperpod.wire.remotecommand import Wanted
+from tests.agentkit import TIMEOUT
 from tests.daemonkit import Cri
+from tests.streamkit import Command, exit_code
 
 BASE, LENGTH = 700_000, 65_536
 POD = cri.NamespaceMode.POD
@@ -50,3 +55,32 @@ def volume(source: Path, **more: Any) -> cri.Mount:
         gid_mappings=mappings(),
         **more,
     )
+
+
+async def streams(client: Cri, pod: str) -> None:
+    """A terminal of a user's, and a forwarded port below 1024 that a container's root opened."""
+    container = await client.sh(pod, "while :; do nc -l -p 81 -e cat; done", linux=context())
+    request = cri.ExecRequest(
+        container_id=container, cmd=["sh", "-c", "tty; id -u; stty size"], stdin=True, stdout=True, tty=True
+    )
+    wanted = Wanted(stdin=True, stdout=True, stderr=False, tty=True)
+    command = await Command.open((await client.runtime.exec(request)).url, wanted)
+    out, _, status = await command.result()
+    assert exit_code(status) == 0, out
+    assert out.split()[:2] == [b"/dev/pts/0", b"0"], out
+    url = (await client.runtime.port_forward(cri.PortForwardRequest(pod_sandbox_id=pod))).url
+    forward = await SpdyClient.connect(url, "portforward.k8s.io")
+    async with asyncio.timeout(TIMEOUT):
+        for attempt in range(50):
+            headers = (("port", "81"), ("requestid", str(attempt)))
+            error = await forward.open((("streamtype", "error"), *headers))
+            stream = await forward.open((("streamtype", "data"), *headers))
+            await stream.write(b"through")
+            await stream.end()
+            got, text = await asyncio.gather(stream.read_all(), error.read_all())
+            if not text:
+                break
+            assert b"refused" in text  # not listening yet
+            await asyncio.sleep(0.2)
+    assert got == b"through"
+    await forward.close()

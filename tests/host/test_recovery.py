@@ -15,6 +15,7 @@ from grpclib.exceptions import GRPCError, StreamTerminatedError
 
 from hyperpod import failpoints
 from hyperpod.api.gen.runtime import v1 as cri
+from tests import usernskit
 from tests.daemonkit import Cri, Daemon
 from tests.host.conftest import ALLOWED, host_daemon_of
 from tests.host.test_lifecycle import HOLD
@@ -189,11 +190,12 @@ async def test_a_host_reboot(own_daemon: Daemon) -> None:
     assert own_daemon.leftovers() == []
 
 
-async def life(client: Cri) -> None:
+async def life(client: Cri, *, userns: bool = False) -> None:
     """A pod's whole life, meeting every failpoint."""
-    pod = await client.run_pod()
-    mounts = [cri.Mount(container_path="/logs", host_path=str(client.daemon.logs))]
-    container = await client.create(pod, "/bin/sh", "-c", "echo up; sleep 0.2", mounts=mounts)
+    pod = await usernskit.run_pod(client) if userns else await client.run_pod()
+    logs = client.daemon.logs
+    mount = usernskit.volume(logs) if userns else cri.Mount(container_path="/logs", host_path=str(logs))
+    container = await client.create(pod, "/bin/sh", "-c", "echo up; sleep 0.2", mounts=[mount])
     await client.runtime.update_container_resources(
         cri.UpdateContainerResourcesRequest(
             container_id=container, linux=cri.LinuxContainerResources(cpu_shares=512)
@@ -205,21 +207,33 @@ async def life(client: Cri) -> None:
     await client.remove_pod(pod)
 
 
+async def killed_at(own_daemon: Daemon, name: str, *, userns: bool = False) -> None:
+    """The daemon dies at a failpoint; the next one leaves nothing of what it was about."""
+    own_daemon.stop()
+    own_daemon.start(HYPERPOD_FAILPOINT=name)
+    ready = own_daemon.text().count("ready on unix://")
+    with contextlib.suppress(GRPCError, StreamTerminatedError, ConnectionError, AssertionError):
+        async with client_of(own_daemon) as client:
+            await life(client, userns=userns)
+    async with asyncio.timeout(20):
+        while own_daemon.text().count("ready on unix://") <= ready:
+            await asyncio.sleep(0.05)
+    async with client_of(own_daemon) as client:
+        for item in (await client.runtime.list_pod_sandbox(cri.ListPodSandboxRequest())).items:
+            await client.remove_pod(item.id)
+        assert (await client.runtime.list_containers(cri.ListContainersRequest())).containers == []
+    assert own_daemon.leftovers() == [], name
+
+
 async def test_the_daemon_killed_at_every_step(own_daemon: Daemon) -> None:
     async with client_of(own_daemon) as client:
         await client.load_busybox()
     for name in (name for name in failpoints.NAMES if name not in failpoints.OF_VMS):
-        own_daemon.stop()
-        own_daemon.start(HYPERPOD_FAILPOINT=name)
-        ready = own_daemon.text().count("ready on unix://")
-        with contextlib.suppress(GRPCError, StreamTerminatedError, ConnectionError, AssertionError):
-            async with client_of(own_daemon) as client:
-                await life(client)
-        async with asyncio.timeout(20):
-            while own_daemon.text().count("ready on unix://") <= ready:
-                await asyncio.sleep(0.05)
-        async with client_of(own_daemon) as client:
-            for item in (await client.runtime.list_pod_sandbox(cri.ListPodSandboxRequest())).items:
-                await client.remove_pod(item.id)
-            assert (await client.runtime.list_containers(cri.ListContainersRequest())).containers == []
-        assert own_daemon.leftovers() == [], name
+        await killed_at(own_daemon, name)
+
+
+async def test_the_daemon_killed_while_it_makes_a_user_namespace(own_daemon: Daemon) -> None:
+    async with client_of(own_daemon) as client:
+        await client.load_busybox()
+    for name in ("sandbox.netns", "sandbox.agent-started", "container.mounted"):
+        await killed_at(own_daemon, name, userns=True)

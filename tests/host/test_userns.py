@@ -18,7 +18,7 @@ from grpclib.exceptions import GRPCError
 from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import BUSYBOX, Cri
 from tests.host.test_lifecycle import until_logged
-from tests.usernskit import BASE, LENGTH, context, mappings, output, run_pod, userns, volume
+from tests.usernskit import BASE, LENGTH, context, mappings, output, run_pod, streams, userns, volume
 
 POD, CONTAINER, NODE, TARGET = (
     cri.NamespaceMode.POD,
@@ -177,6 +177,10 @@ async def test_exec_and_its_streams(cri_client: Cri) -> None:
     assert await output(cri_client, pod, "cat; echo nothing > /dev/null; stat -c %u /dev/null") == ["65534"]
     null = Path("/dev/null").stat()
     assert (null.st_uid, stat.S_IMODE(null.st_mode)) == (0, 0o666), "the host's own, whoever reads from it"
+
+
+async def test_sessions(cri_client: Cri) -> None:
+    await streams(cri_client, await run_pod(cri_client))
 
 
 async def test_privileged_is_privileged_in_its_namespace_only(cri_client: Cri) -> None:

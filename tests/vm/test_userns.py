@@ -11,7 +11,7 @@ import pytest
 
 from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import BUSYBOX, Cri
-from tests.usernskit import BASE, LENGTH, context, mappings, output, run_pod, userns, volume
+from tests.usernskit import BASE, LENGTH, context, mappings, output, run_pod, streams, userns, volume
 
 pytestmark = pytest.mark.vm
 
@@ -24,6 +24,7 @@ async def test_a_pod_with_a_user_namespace(cri_client: Cri, tmp_path: Path) -> N
     await _volumes(cri_client, pod, tmp_path)
     await _network(cri_client, pod)
     await _processes(cri_client, pod)
+    await streams(cri_client, pod)
     reply = await cri_client.runtime.pod_sandbox_status(cri.PodSandboxStatusRequest(pod_sandbox_id=pod))
     assert reply.status is not None and reply.status.linux is not None
     assert reply.status.linux.namespaces is not None and reply.status.linux.namespaces.options is not None
