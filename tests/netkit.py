@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import subprocess
@@ -79,3 +80,20 @@ class Network:
 def taps() -> set[str]:
     """Names of all taps of sandboxes in the host's own namespace."""
     return {p.name for p in Path("/sys/class/net").iterdir() if p.name.startswith("hp") and len(p.name) == 15}
+
+
+async def echoed(address: str, port: int) -> bool:
+    """Whether what listens there, within 20 s, sends back what it gets."""
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                reader, writer = await asyncio.open_connection(address, port)
+                break
+            except ConnectionRefusedError:
+                await asyncio.sleep(0.05)
+        try:
+            writer.write(b"ping")
+            return await reader.readexactly(4) == b"ping"
+        finally:
+            writer.close()
+            await writer.wait_closed()

@@ -81,6 +81,7 @@ class AgentService(v1.AgentBase):
             memory_total_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             cpus=os.cpu_count() or 1,
             event_seq=self._containers.events.last,
+            userns=self._place.user is not None,
         )
 
     async def create_container(self, message: v1.CreateContainerRequest) -> v1.CreateContainerResponse:

@@ -107,7 +107,8 @@ class AgentClient:
     ) -> HelloInfo:
         """First call of a connection; sets the guest's clock, user namespace, hostname, network and sysctls.
 
-        Raises InvalidArgument for a sysctl or an address that the guest's kernel does not take.
+        Raises InvalidArgument for a sysctl or an address that the guest's kernel does not take, FailedPrecondition
+        when the pod is to have a user namespace and the agent knows of none.
         """
         answer = await self._call(
             lambda stub: stub.hello,
@@ -124,6 +125,11 @@ class AgentClient:
             ),
             SHORT,
         )
+        if userns is not None and not answer.userns:
+            raise FailedPrecondition(
+                f"the pod's agent ({printable(answer.agent_version, 64)}) makes no user namespaces, for which "
+                "hostUsers: false asks: build the guest image anew, or restart the service if it is a host pod"
+            )
         return HelloInfo(
             api_version=answer.api_version,
             agent_version=printable(answer.agent_version, 64),

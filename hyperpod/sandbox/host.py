@@ -165,6 +165,7 @@ class HostBuilder(SandboxBuilder):
             sysctls={**({} if network is None else DEFAULT_SYSCTLS), **config.sysctls},
             resolv_conf=podfiles.resolv_conf(config.dns, resolver),
             hosts=hosts,
+            userns=config.namespaces.userns,
         )
         self._crun.learn(hello.crun_version)
         return hello

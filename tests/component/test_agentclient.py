@@ -19,12 +19,14 @@ from hyperpod.agentclient.types import ContainerInfo, Security
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import (
     DeadlineExceeded,
+    FailedPrecondition,
     GuestError,
     HyperpodError,
     NotFound,
     ProtocolError,
     Unavailable,
 )
+from hyperpod.model.security import IdMapping, UserNamespace
 from hyperpod.sandbox.session import AgentSession
 from tests.hostilepeer import Call, Script, hostile
 
@@ -105,6 +107,15 @@ async def test_users_that_cannot_be(tmp_path: Path, user: bytes) -> None:
     async with hostile(tmp_path, replying(prefix + user)) as (_, client):
         with pytest.raises((GuestError, ProtocolError)):
             await client.create_container(ID, oci_spec=b"{}", layers=[], security=Security(user="bob"))
+
+
+async def test_an_agent_that_knows_of_no_user_namespaces(tmp_path: Path) -> None:
+    """It would run containers as the machine's root."""
+    ids = IdMapping(host_id=1000, length=10)
+    asked = UserNamespace(uids=ids, gids=ids)
+    async with hostile(tmp_path, replying(bytes(v1.HelloResponse(agent_version="0.0")))) as (_, client):
+        with pytest.raises(FailedPrecondition, match=r"agent \(0\.0\) makes no user namespaces"):
+            await client.hello(host_time_ns=1, entropy=b"", hostname="", sysctls={}, userns=asked)
 
 
 async def test_texts_are_escaped_and_bounded(tmp_path: Path) -> None:

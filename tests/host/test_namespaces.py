@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from grpclib.exceptions import GRPCError
 from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import Cri
 from tests.host.test_lifecycle import until_logged
+from tests.netkit import echoed
 
 POD, CONTAINER, NODE, TARGET = (
     cri.NamespaceMode.POD,
@@ -113,16 +113,7 @@ async def test_a_network_of_its_own(cri_client: Cri) -> None:
     reply = await cri_client.runtime.pod_sandbox_status(cri.PodSandboxStatusRequest(pod_sandbox_id=pod))
     assert reply.status is not None and reply.status.network is not None
     address = reply.status.network.ip
-    for _ in range(100):
-        try:
-            with socket.create_connection((address, 8080), timeout=5) as peer:
-                peer.sendall(b"ping")
-                assert peer.recv(10) == b"ping"
-                break
-        except ConnectionRefusedError:
-            subprocess.run(["sleep", "0.05"], check=True)
-    else:
-        raise AssertionError("nobody listens")
+    assert await echoed(address, 8080)
     other = await cri_client.sh(pod, "sleep 600")
     seen = await cri_client.exec(
         other,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from grpclib.exceptions import GRPCError
 from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import BUSYBOX, Cri
 from tests.host.test_lifecycle import until_logged
+from tests.netkit import echoed
 from tests.usernskit import BASE, LENGTH, context, mappings, output, run_pod, streams, userns, volume
 
 POD, CONTAINER, NODE, TARGET = (
@@ -126,16 +126,7 @@ async def test_the_pods_namespaces_are_its_roots(cri_client: Cri) -> None:
     container = await cri_client.sh(pod, "nc -l -p 80 -e /bin/cat", linux=capable)
     reply = await cri_client.runtime.pod_sandbox_status(cri.PodSandboxStatusRequest(pod_sandbox_id=pod))
     assert reply.status is not None and reply.status.network is not None
-    for _ in range(100):
-        try:
-            with socket.create_connection((reply.status.network.ip, 80), timeout=5) as peer:
-                peer.sendall(b"low port")
-                assert peer.recv(10) == b"low port"
-                break
-        except ConnectionRefusedError:
-            subprocess.run(["sleep", "0.05"], check=True)
-    else:
-        raise AssertionError("nobody listens on port 80")
+    assert await echoed(reply.status.network.ip, 80)
     del container
     script = (
         "cat /proc/sys/kernel/shmmni /proc/sys/fs/mqueue/msg_max; ifconfig lo:1 127.0.0.9 up && echo up; "

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import BUSYBOX, Cri
+from tests.netkit import echoed
 from tests.usernskit import BASE, LENGTH, context, mappings, output, run_pod, streams, userns, volume
 
 pytestmark = pytest.mark.vm
@@ -81,16 +80,11 @@ async def _network(client: Cri, pod: str) -> None:
     await client.sh(pod, "nc -l -p 80 -e /bin/cat", linux=capable)
     reply = await client.runtime.pod_sandbox_status(cri.PodSandboxStatusRequest(pod_sandbox_id=pod))
     assert reply.status is not None and reply.status.network is not None
-    for _ in range(200):
-        try:
-            with socket.create_connection((reply.status.network.ip, 80), timeout=5) as peer:
-                peer.sendall(b"low port")
-                assert peer.recv(10) == b"low port"
-                break
-        except ConnectionRefusedError:
-            subprocess.run(["sleep", "0.1"], check=True)
-    else:
-        raise AssertionError("nobody listens on port 80")
+    assert await echoed(reply.status.network.ip, 80)
+    stats = await client.runtime.pod_sandbox_stats(cri.PodSandboxStatsRequest(pod_sandbox_id=pod))
+    assert stats.stats is not None and stats.stats.linux is not None and stats.stats.linux.network is not None
+    card = stats.stats.linux.network.default_interface
+    assert card is not None and card.name == "eth0" and card.rx_bytes is not None and card.rx_bytes.value > 0
     script = "ifconfig lo:1 127.0.0.9 up && echo up; ls /sys/class/net; hostname"
     up, *cards, name = await output(client, pod, script, linux=capable)
     assert (up, cards) == ("up", ["eth0", "lo"]) and name.startswith("pod-")

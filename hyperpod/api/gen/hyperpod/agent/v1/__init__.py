@@ -301,6 +301,11 @@ class HelloResponse(betterproto2.Message):
     Of the newest event.
     """
 
+    userns: "bool" = betterproto2.field(20, betterproto2.TYPE_BOOL)
+    """
+    Containers are made in a user namespace of the pod; an agent from before there were any does not say so.
+    """
+
 
 default_message_pool.register_message("hyperpod.agent.v1", "HelloResponse", HelloResponse)
 
