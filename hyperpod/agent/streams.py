@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from hyperpod.wire.stdio import (
-    MAX_PAYLOAD,
+    WINDOW,
     AgentSender,
     Frame,
     Open,
@@ -156,7 +156,7 @@ class OutputStream:
 
     def _readable(self) -> None:
         try:
-            data = os.read(self._fd, MAX_PAYLOAD if self._discarding else min(MAX_PAYLOAD, self._sender.room))
+            data = os.read(self._fd, WINDOW if self._discarding else self._sender.room)
         except BlockingIOError:
             return
         except OSError:  # EIO: the other side of a terminal is closed

@@ -190,28 +190,36 @@ def _decode_port(fields: dict[str, object]) -> Open:
 
 
 class FrameDecoder:
-    """Bytes in, frames out; keeps less than one frame of at most HEADER.size + MAX_PAYLOAD bytes."""
+    """Bytes in, frames out; keeps less than one frame of at most HEADER.size + MAX_PAYLOAD bytes.
+
+    DATA that has not come whole is passed on as far as it has: where it is cut means nothing, and no copy is made.
+    """
 
     def __init__(self) -> None:
         self._rest = b""
+        self._left = self._offset = 0  # of the current DATA frame: bytes still to come, and where they belong
 
     @property
     def pending(self) -> int:
-        """Bytes of an incomplete frame; not zero at the end of a connection means that it was cut."""
-        return len(self._rest)
+        """Bytes kept or missing of an incomplete frame; not zero at a connection's end means that it was cut."""
+        return len(self._rest) + self._left
 
     def feed(self, data: bytes) -> list[Frame]:
-        """Every frame that `data` completes. Raises ProtocolError; the decoder is then unusable."""
+        """Every frame that `data` completes, and parts of DATA. Raises ProtocolError, and is then unusable."""
         if self._rest:
             data = self._rest + data
             self._rest = b""
         frames: list[Frame] = []
-        end, position = len(data), 0
-        view = memoryview(data)
+        view, end = memoryview(data), len(data)
+        position = self._data(view, 0, frames) if self._left else 0
         while end - position >= HEADER.size:
             number, reserved, length, offset = HEADER.unpack_from(data, position)
             kind = _check(number, reserved, length, offset)
             start = position + HEADER.size
+            if kind is FrameType.DATA:
+                self._left, self._offset = length, offset
+                position = self._data(view, start, frames)
+                continue
             if end - start < length:
                 break
             position = start + length
@@ -219,6 +227,14 @@ class FrameDecoder:
         if position < end:
             self._rest = data[position:]
         return frames
+
+    def _data(self, view: memoryview, start: int, frames: list[Frame]) -> int:
+        """Gives where the next frame begins."""
+        if piece := view[start : start + self._left]:
+            frames.append(Frame(FrameType.DATA, self._offset, piece))
+            self._left -= len(piece)
+            self._offset += len(piece)
+        return start + len(piece)
 
 
 def _check(number: int, reserved: int, length: int, offset: int) -> FrameType:

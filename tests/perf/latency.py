@@ -15,17 +15,29 @@ from contextlib import asynccontextmanager
 
 from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import ROOT, Cri, Daemon
+from tests.host.conftest import host_daemon_of
 from tests.perf.many import cpu_ns
 from tests.perf.report import Figure, number, progress
 
 SESSIONS = 16
 BURNERS = 3
 """QEMU, the shim, the client of the sessions."""
+_ENDLESS = ("dd", "if=/dev/zero", "bs=64k")
 _PAUSE = 0.01
 _WAIT = 120.0
 
 
+async def on_host(rounds: int) -> list[Figure]:
+    """The same with a host pod, where nothing is emulated: at the rate of which the host is capable."""
+    with host_daemon_of('host_pods = ["test"]\n---', log_level="info") as one:
+        async with one.client() as client:
+            client.handler = "host"
+            await client.load_busybox()
+            return await figures(one, client, rounds)
+
+
 async def figures(daemon: Daemon, client: Cri, rounds: int) -> list[Figure]:
+    place = client.handler or "VM"
     pod = await client.run_pod()
     container = await client.run(pod, "sleep", "100000")
     idle = await _calls(client, rounds)
@@ -39,7 +51,7 @@ async def figures(daemon: Daemon, client: Cri, rounds: int) -> list[Figure]:
     note = f"{rate[0]:.1f} MiB/s in all; the daemon's loop took {used:.0f}% of a CPU, the calls included"
     return [
         Figure(
-            f"{name} while {SESSIONS} execs run flat out", statistics.median(busy[name]), "ms",
+            f"{name} while {SESSIONS} execs of a {place} pod run flat out", statistics.median(busy[name]), "ms",
             note=f"p99 {_p99(busy[name])}; idle {_both(idle[name])}; "
             f"{BURNERS} burning CPUs instead {_both(burnt[name])}; {note}",
         )
@@ -74,7 +86,7 @@ async def _calls(client: Cri, rounds: int) -> dict[str, list[float]]:
 @asynccontextmanager
 async def _flood(client: Cri, container: str) -> AsyncIterator[list[float]]:
     """Sessions that send all the time; gives their rate in MiB/s, once they have ended."""
-    request = cri.ExecRequest(container_id=container, cmd=["cat", "/dev/zero"], stdout=True, stderr=True)
+    request = cri.ExecRequest(container_id=container, cmd=[*_ENDLESS], stdout=True, stderr=True)
     urls = [(await client.runtime.exec(request)).url for _ in range(SESSIONS)]
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.perf.flood", *urls,

@@ -50,6 +50,18 @@ def test_data_survives_any_cuts(data: bytes, offset: int, cuts: list[int]) -> No
     assert decoder.pending == 0
 
 
+def test_data_is_passed_on_as_it_comes() -> None:
+    raw, decoder = joined(stdio.encode_data(7, b"abcdef")), FrameDecoder()
+    assert decoder.feed(raw[:10]) == []
+    assert decoder.feed(raw[10 : HEADER.size]) == []
+    assert decoder.feed(raw[HEADER.size : -2]) == [Frame(FrameType.DATA, 7, b"abcd")]
+    assert decoder.pending == 2
+    assert decoder.feed(raw[-2:] + stdio.encode_eof(13)) == [
+        Frame(FrameType.DATA, 11, b"ef"),
+        Frame(FrameType.EOF, 13),
+    ]
+
+
 @given(st.sampled_from(["stdin", "stdout", "stderr"]), st.sampled_from(["", EXEC]), st.integers(0, 2**63 - 1))
 def test_open_round_trip(stream: str, exec_id: str, offset: int) -> None:
     for request in (Open(CONTAINER, stream, exec_id, offset), Open(CONTAINER, stream, EXEC, direct=True)):
