@@ -47,6 +47,8 @@ async def measure(quick: bool) -> tuple[list[Figure], list[list[str]], str]:
     progress("host pods")
     [hosts] = await race.race(4 if quick else 12)
     figures += race.figures(hosts)
+    progress("calls beside streams of a host pod")
+    figures += await latency.on_host(50 if quick else 500)
     progress("streams")
     figures += await streams.figures(64 if quick else 512, 2 if quick else 3)
     return figures, pods.times(), bare.versions

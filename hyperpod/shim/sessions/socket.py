@@ -21,7 +21,8 @@ _BATCH = 64
 """Buffers for one sendmsg(2); Linux takes 1024, but a socket's room is used up long before."""
 _LINGER = 5.0
 _LOOK = 1.0
-_TURN = 4
+_TURN = 2
+"""Reads without a wait, of CHUNK at most, before everybody else has a turn."""
 
 
 def resolve(waiter: asyncio.Future[bool], value: bool) -> None:
