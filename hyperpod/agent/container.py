@@ -257,6 +257,8 @@ class Container:
             )
             if volumes:
                 await self._mount_volumes(spec, volumes, numbers[len(layers) :])
+            if writable := spec["root"].pop("writable", ()):
+                await self._mount_writable(spec, writable)
             spec["linux"]["cgroupsPath"] = self.cgroup
             spec["linux"]["resources"] = adapt(self.tools.cgroups, spec["linux"]["resources"])
             spec["process"]["terminal"] = self.io.tty
@@ -288,6 +290,14 @@ class Container:
         # Off the event loop: a walk through a hostile image's folders may take a while.
         await asyncio.to_thread(
             imagemount.mount, self.tools.layout, self.id, spec["mounts"], volumes, numbers
+        )
+
+    async def _mount_writable(self, spec: dict[str, Any], paths: list[str]) -> None:
+        from hyperpod.agent import imagemount
+
+        self._has_volumes = True
+        await asyncio.to_thread(
+            imagemount.mount_writable, self.tools.layout, self.id, spec, paths, self.tools.user
         )
 
     async def start(self) -> int:

@@ -6,11 +6,12 @@ A mount per volume and container: the pages of one image's files are shared all 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hyperpod.agent import linux
 from hyperpod.agent.layers import LayerSource
@@ -23,6 +24,11 @@ from hyperpod.errors import (
     InvalidArgument,
     NotFound,
 )
+
+if TYPE_CHECKING:
+    from hyperpod.agent.userns import PodUser
+
+log = logging.getLogger(__name__)
 
 _EMPTY = "empty"
 """A folder beside the layers: without a writable one overlayfs wants two, and an image may have one."""
@@ -63,6 +69,28 @@ def mount(
             _bind_inside(target, volume.sub_path, f"{target}s", what)
             target = f"{target}s"
         places[volume.destination]["source"] = target
+
+
+def mount_writable(
+    layout: Layout, container: str, spec: dict[str, Any], paths: Sequence[str], user: PodUser | None
+) -> None:
+    """Bind folders of the container's root beside it, where its being read-only does not reach, and fill in the
+    sources of their mounts; one that the image has not is a new one. What is no folder stays read-only. Blocks."""
+    for number, path in enumerate(paths):
+        [item] = [item for item in spec["mounts"] if item["destination"] == path]
+        item["source"] = target = f"{_folder(layout, container)}/w{number}"
+        os.makedirs(_folder(layout, container), exist_ok=True)
+        try:
+            _bind_inside(spec["root"]["path"], path, target, "the volume that the image declares")
+        except NotFound:
+            fresh = f"{layout.writable(container)}/v{number}"
+            os.mkdir(fresh, 0o755)
+            if user is not None:
+                user.own(fresh)
+            linux.mount(fresh, target, "", linux.MS_BIND)
+        except HyperpodError as exc:
+            log.info("container %s: %s", container[:12], exc)
+            spec["mounts"].remove(item)
 
 
 def unmount(layout: Layout, container: str) -> None:

@@ -96,4 +96,5 @@ def spec_input(record: ContainerRecord, seccomp: dict[str, Any] | None = None) -
         resources=config.resources,
         seccomp=seccomp,
         mounts=tuple(oci_mounts(config.mounts, record.id)),
+        declared_volumes=image.volumes,
     )

@@ -128,7 +128,12 @@ def oci_mounts(mounts: Sequence[Mount], container_id: str, share: str = GUEST_SH
                 "options": options,
             }
         )
-    return sorted(built, key=lambda mount: str(mount["destination"]).count("/"))
+    return ordered(built)
+
+
+def ordered(mounts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parents before children."""
+    return sorted(mounts, key=lambda mount: str(mount["destination"]).count("/"))
 
 
 def root_propagation(mounts: Sequence[Mount]) -> str:

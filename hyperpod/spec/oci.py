@@ -7,6 +7,8 @@ the container's; pid and ipc are either, as the request says.
 Environment: an OCI spec is JSON, so it can carry UTF-8 only (crun's parser refuses other bytes, and turns an
 escaped code point into its UTF-8). Variables that are not UTF-8 are in `process.binaryEnv`, a list of ours with
 the hexadecimal digits of each; the agent takes it out and hands them to the process past crun.
+
+`root.writable` is a list of ours, too: destinations of mounts whose source is that folder of the root itself.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from typing import Any
 
 from hyperpod.errors import InvalidArgument
 from hyperpod.model.security import LinuxResources
-from hyperpod.spec import limits
+from hyperpod.spec import imagevolumes, limits
 from hyperpod.spec.capabilities import ambient, of_container
-from hyperpod.spec.mounts import merged
+from hyperpod.spec.mounts import merged, ordered
 
 MAX_ARGS_BYTES = 1 << 20
 """Of argv and environment together; Linux itself takes at most 2 MiB with the default stack limit."""
@@ -84,6 +86,8 @@ class ContainerSpecInput:
     resources: LinuxResources = field(default_factory=LinuxResources)
     mounts: tuple[dict[str, Any], ...] = ()
     """OCI mounts beside the default ones, which they win over."""
+    declared_volumes: tuple[str, ...] = ()
+    """Folders that the image declares as volumes."""
     root_propagation: str = ""
     """Of mounts at the container's root: rslave, rshared; empty: private."""
     annotations: tuple[tuple[str, str], ...] = ()
@@ -93,11 +97,16 @@ class ContainerSpecInput:
 
 def build_spec(spec: ContainerSpecInput) -> bytes:
     """UTF-8 JSON of the whole spec. Raises InvalidArgument that names what cannot be."""
+    writable: list[str] = []
+    if spec.readonly_rootfs:
+        taken = {mount["destination"] for mount in spec.mounts}
+        writable = imagevolumes.declared(spec.declared_volumes, taken)
+    volumes = [imagevolumes.declared_mount(path) for path in writable]
     document: dict[str, Any] = {
         "ociVersion": "1.0.2",
         "process": _process(spec),
         "root": {"path": "", "readonly": spec.readonly_rootfs},
-        "mounts": merged(_mounts(spec), spec.mounts),
+        "mounts": merged(_mounts(spec), ordered([*spec.mounts, *volumes])),
         "linux": {
             "cgroupsPath": "",
             "namespaces": [{"type": name} for name in _namespaces(spec)],
@@ -106,6 +115,8 @@ def build_spec(spec: ContainerSpecInput) -> bytes:
             "resources": _resources(spec.resources),
         },
     }
+    if writable:
+        document["root"]["writable"] = writable
     if spec.seccomp is not None:
         document["linux"]["seccomp"] = spec.seccomp
     if spec.root_propagation:

@@ -10,8 +10,12 @@ import pytest
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
+from hyperpod.api.gen.hyperpod.admin.v1 import LoadRequest
 from hyperpod.api.gen.runtime import v1 as cri
+from images import busybox
+from tests import imagekit, usernskit
 from tests.daemonkit import BUSYBOX, Cri
+from tests.host.test_lifecycle import until_logged
 
 PRIVATE = cri.MountPropagation.PROPAGATION_PRIVATE
 SLAVE = cri.MountPropagation.PROPAGATION_HOST_TO_CONTAINER
@@ -162,3 +166,48 @@ async def test_an_image_as_a_volume(cri_client: Cri, pod: str) -> None:
     container = await cri_client.sh(pod, "sleep 600", mounts=[image])
     assert (await cri_client.exec(container, "/image/busybox", "echo", "from it")).stdout == b"from it\n"
     assert (await cri_client.exec(container, "touch", "/image/x")).exit_code == 1
+
+
+@pytest.mark.parametrize("with_users", [False, True])
+async def test_volumes_of_the_image_are_writable_below_a_read_only_root(
+    cri_client: Cri, tmp_path: Path, with_users: bool
+) -> None:
+    layer = imagekit.tar(
+        imagekit.folder("data", 0o750, uid=7),
+        imagekit.Item("data/file", b"of the image"),
+        imagekit.folder("real"),
+        imagekit.symlink("link", "../../../real"),
+        imagekit.Item("text", b"no folder"),
+    )
+    names = ("/data", "/data/", "/new/one", "/link", "/text", "/mine", "/", "/proc", "../..", "relative")
+    built = imagekit.image(
+        busybox.layer(Path("/bin/busybox").read_bytes()),
+        layer,
+        config={"Volumes": {name: {} for name in names}},
+    )
+    path = imagekit.write_layout(tmp_path / "layout", built, "docker.io/library/volumes:latest")
+    await cri_client.admin.load(LoadRequest(path=str(path)))
+    (tmp_path / "mine").mkdir(mode=0o777)
+    (tmp_path / "mine").chmod(0o777)
+    pod = await usernskit.run_pod(cri_client) if with_users else await cri_client.run_pod()
+    context = cri.LinuxContainerSecurityContext(readonly_rootfs=True)
+    script = (
+        "exec 2>&1; cat /data/file; echo; stat -c '%a %u' /data;"
+        "for d in /data /new/one /link /mine /relative / /real/below /text; do"
+        "  (echo x > $d/made) 2>/dev/null && echo $d; done; ls /real; cat /text; echo; sleep 600"
+    )
+    container = await cri_client.sh(
+        pod,
+        script,
+        image=cri.ImageSpec(image="docker.io/library/volumes:latest"),
+        mounts=[cri.Mount(container_path="/mine", host_path=str(tmp_path / "mine"))],
+        linux=usernskit.context(readonly_rootfs=True)
+        if with_users
+        else cri.LinuxContainerConfig(security_context=context),
+    )
+    assert await until_logged(cri_client, container, 9) == [
+        *("of the image", "750 7", "/data", "/new/one", "/link", "/mine", "/relative", "made", "no folder"),
+    ]
+    assert (tmp_path / "mine/made").read_text() == "x\n"
+    stats = await cri_client.runtime.container_stats(cri.ContainerStatsRequest(container_id=container))
+    assert stats.stats is not None and stats.stats.writable_layer is not None

@@ -64,6 +64,31 @@ def test_what_is_given_is_in_it() -> None:
     assert spec["annotations"] == {"a": "b"}
 
 
+def test_volumes_of_an_image() -> None:
+    names = (
+        "/data/",
+        "/data",
+        "/a/b",
+        "/mine",
+        "/",
+        "",
+        "/proc/sys",
+        "/dev",
+        "../up",
+        "/x\0",
+        "/\udcff",
+        "/n\n",
+    )
+    mine = {"destination": "/mine", "type": "bind", "source": "/s", "options": []}
+    spec = built(readonly_rootfs=True, declared_volumes=names, mounts=(mine,))
+    assert spec["root"]["writable"] == ["/data", "/a/b", "/up"]
+    asked = [m["destination"] for m in spec["mounts"]][-4:]
+    assert asked == ["/mine", "/data", "/up", "/a/b"], "parents first"
+    spec = built(declared_volumes=names, mounts=(mine,))
+    assert "writable" not in spec["root"], "a writable root has them as they are"
+    assert [m["destination"] for m in spec["mounts"]][-1] == "/mine"
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -13,6 +13,7 @@ from grpclib.const import Status
 
 from hyperpod.api.gen.hyperpod.admin.v1 import LoadRequest
 from hyperpod.api.gen.runtime import v1 as cri
+from images import busybox
 from tests import imagekit
 from tests.daemonkit import BUSYBOX, Cri, Daemon, daemon
 from tests.vm.test_bad_input import refused
@@ -224,3 +225,21 @@ async def test_an_image_in_use_may_be_removed_and_is_kept(
                 break
             await asyncio.sleep(0.1)
         assert len(layer_files(own_daemon)) == len(before) - 2
+
+
+async def test_a_volume_of_the_own_image_is_writable_below_a_read_only_root(client: Cri, pod_id: str) -> None:
+    layer = imagekit.tar(imagekit.folder("data"), imagekit.Item("data/file", b"of the image\n"))
+    built = imagekit.image(
+        busybox.layer(Path("/bin/busybox").read_bytes()), layer, config={"Volumes": {"/data": {}, "/new": {}}}
+    )
+    path = imagekit.write_layout(client.daemon.base / "volumes", built, "docker.io/example/volumes:1")
+    await client.admin.load(LoadRequest(path=str(path)))
+    context = cri.LinuxContainerSecurityContext(readonly_rootfs=True)
+    container = await client.sh(
+        pod_id,
+        "cat /data/file; for d in /data /new /; do (echo x > $d/made) 2>/dev/null && echo $d; done",
+        image=cri.ImageSpec(image="docker.io/example/volumes:1"),
+        linux=cri.LinuxContainerConfig(security_context=context),
+    )
+    await client.wait(container)
+    assert [text for _, _, text in await client.log(container)] == ["of the image", "/data", "/new"]
