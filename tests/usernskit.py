@@ -17,12 +17,12 @@ BASE, LENGTH = 700_000, 65_536
 POD = cri.NamespaceMode.POD
 
 
-def mappings() -> list[cri.IdMapping]:
-    return [cri.IdMapping(container_id=0, host_id=BASE, length=LENGTH)]
+def mappings(base: int = BASE) -> list[cri.IdMapping]:
+    return [cri.IdMapping(container_id=0, host_id=base, length=LENGTH)]
 
 
-def userns() -> cri.UserNamespace:
-    return cri.UserNamespace(mode=POD, uids=mappings(), gids=mappings())
+def userns(base: int = BASE) -> cri.UserNamespace:
+    return cri.UserNamespace(mode=POD, uids=mappings(base), gids=mappings(base))
 
 
 def context(**security: Any) -> cri.LinuxContainerConfig:

@@ -11,6 +11,7 @@ from pathlib import Path
 from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import BUSYBOX, Cri
 from tests.soak.volumes import SHARED, Volumes
+from tests.usernskit import BASE, LENGTH, userns
 
 CONFIG_DELAY = 6.0
 """Seconds within which a guest must see a new configMap; a kubelet itself takes up to a minute to write one."""
@@ -46,6 +47,9 @@ class Pod:
 
     def __init__(self, client: Cri, base: Path, number: int) -> None:
         self.client, self.uid, self.number = client, secrets.token_hex(8), number
+        self.ids: cri.UserNamespace | None = None
+        if number % 2:  # hostUsers: false, with ids that no other pod has
+            self.ids = userns(BASE + number * LENGTH)
         self.volumes = Volumes(base / "pods" / self.uid, self.uid)
         self.logs = base / "logs" / self.uid
         self.id = self.address = ""
@@ -68,7 +72,9 @@ class Pod:
     async def start(self) -> None:
         """Sandbox, init container, app containers, as the kubelet starts a pod."""
         self.volumes.make()
-        config = self.client.pod_config(self.name)
+        options = cri.NamespaceOption(userns_options=self.ids)
+        security = cri.LinuxSandboxSecurityContext(namespace_options=options)
+        config = self.client.pod_config(self.name, security_context=security)
         config.log_directory = str(self.logs)
         self.id = await self.client.run_pod(config)
         status = await self.status()
@@ -93,7 +99,7 @@ class Pod:
             image=cri.ImageSpec(image=BUSYBOX),
             command=["/bin/sh", "-c", script],
             log_path=f"{name}/{attempt}.log",
-            mounts=self.volumes.mounts(f"{name}-{attempt}"),
+            mounts=self.volumes.mounts(f"{name}-{attempt}", self.ids),
             labels={"soak": self.name},
             linux=cri.LinuxContainerConfig(
                 resources=cri.LinuxContainerResources(

@@ -54,7 +54,7 @@ class Volumes:
         path.touch(mode=0o666)
         return path
 
-    def mounts(self, container: str) -> list[cri.Mount]:
+    def mounts(self, container: str, ids: cri.UserNamespace | None = None) -> list[cri.Mount]:
         pairs: tuple[tuple[str, Path, bool], ...] = (
             ("/etc/config", self.config, True),
             ("/data", self.empty, False),
@@ -65,7 +65,13 @@ class Volumes:
             ("/dev/termination-log", self.termination_log(container), False),
         )
         return [
-            cri.Mount(container_path=inside, host_path=str(path), readonly=readonly)
+            cri.Mount(
+                container_path=inside,
+                host_path=str(path),
+                readonly=readonly,
+                uid_mappings=ids.uids if ids else [],
+                gid_mappings=ids.gids if ids else [],
+            )
             for inside, path, readonly in pairs
         ]
 
