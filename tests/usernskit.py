@@ -14,7 +14,9 @@ from tests.daemonkit import Cri
 from tests.streamkit import Command, exit_code
 
 BASE, LENGTH = 700_000, 65_536
-POD = cri.NamespaceMode.POD
+POD, CONTAINER = cri.NamespaceMode.POD, cri.NamespaceMode.CONTAINER
+OWN = {"pid": CONTAINER, "ipc": CONTAINER}
+"""Namespace options: both the container's own. The kubelet's are pid CONTAINER and ipc POD."""
 
 
 def mappings(base: int = BASE) -> list[cri.IdMapping]:

@@ -18,14 +18,9 @@ from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import BUSYBOX, Cri
 from tests.host.test_lifecycle import until_logged
 from tests.netkit import echoed
-from tests.usernskit import BASE, LENGTH, context, mappings, output, run_pod, streams, userns, volume
+from tests.usernskit import BASE, LENGTH, OWN, context, mappings, output, run_pod, streams, userns, volume
 
-POD, CONTAINER, NODE, TARGET = (
-    cri.NamespaceMode.POD,
-    cri.NamespaceMode.CONTAINER,
-    cri.NamespaceMode.NODE,
-    cri.NamespaceMode.TARGET,
-)
+POD, NODE, TARGET = cri.NamespaceMode.POD, cri.NamespaceMode.NODE, cri.NamespaceMode.TARGET
 
 
 async def test_root_inside_is_nobody_outside(cri_client: Cri) -> None:
@@ -147,9 +142,12 @@ async def test_processes_shared_or_own(cri_client: Cri) -> None:
     hidden = await output(cri_client, pod, "cat /proc/1/environ; ls /proc/1/root/; true", linux=sharing)
     assert len(hidden) == 2 and all("denied" in line for line in hidden), hidden
     own = await output(
-        cri_client, pod, "ps -o args | grep -c 'sleep 60[1]'", linux=context(namespaces={"pid": CONTAINER})
+        cri_client,
+        pod,
+        "ps -o args | grep -c 'sleep 60[1]'; echo > /dev/shm/y && echo own",
+        linux=context(namespaces=OWN),
     )
-    assert own == ["0"]
+    assert own == ["0", "own"]
     seeing = context(namespaces={"pid": TARGET, "target_id": first})
     lines = await output(cri_client, pod, "ps -o args", linux=seeing)
     assert any("sleep 601" in line for line in lines)

@@ -10,7 +10,7 @@ import pytest
 from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import BUSYBOX, Cri
 from tests.netkit import echoed
-from tests.usernskit import BASE, LENGTH, context, mappings, output, run_pod, streams, userns, volume
+from tests.usernskit import BASE, LENGTH, OWN, context, mappings, output, run_pod, streams, userns, volume
 
 pytestmark = pytest.mark.vm
 
@@ -96,6 +96,9 @@ async def _processes(client: Cri, pod: str) -> None:
     lines = await output(client, pod, "ps -o pid,user,args")
     assert any("sleep 601" in line for line in lines)
     assert not any("init.pyc" in line for line in lines), "the guest's own processes are not the pod's"
+    script = "ps -o pid > /tmp/ps; wc -l < /tmp/ps; echo > /dev/shm/y && echo own"
+    lines = await output(client, pod, script, linux=context(namespaces=OWN))
+    assert lines == ["3", "own"], "the shell and ps below a title"
     script = "id -u; echo out > /dev/stdout; ulimit -Hn; ulimit -Hu"
     done = await client.exec(first, "sh", "-c", script)
     assert done.stdout.split()[:3] == [b"1000", b"out", b"524288"], (done.stdout, done.stderr)
