@@ -149,8 +149,10 @@ class SandboxCgroups:
             folder = Path(hierarchy.mount + path)
             if not folder.is_dir():
                 continue
-            _kill(folder)
             _remove_tree(folder)
+            if folder.is_dir():  # somebody is in there
+                _kill(folder)
+                _remove_tree(folder)
             if folder.is_dir():
                 left.append(str(folder))
             elif path.startswith(f"{TOP}/"):  # a pod's cgroup is the kubelet's, this one is ours

@@ -206,25 +206,38 @@ class HostBuilder(SandboxBuilder):
 
     async def tear_down(self, sandbox: LiveSandbox) -> None:
         await sandbox.session.close()
-        if pid := self.agent_pid(sandbox):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        _, alive = await settle_all(self.end_shim(sandbox), self.cgroups.remove(self.root_cgroup(sandbox)))
-        if alive:
+        pid = self.agent_pid(sandbox)
+        # Both at once, and waited for: then their cgroup goes at the first attempt.
+        _, ended = await settle_all(self.end_shim(sandbox), _kill(pid))
+        if alive := await self.cgroups.remove(self.root_cgroup(sandbox)):
             raise Unavailable(
                 f"sandbox {sandbox.short}: its processes {', '.join(map(str, alive[:8]))} do not die, do they wait "
                 "for a disk or a server? Stop the pod again when that answers"
             )
-        if pid:
-            try:
-                async with asyncio.timeout(END_TIMEOUT):
-                    await process_end(pid)
-            except TimeoutError as exc:
-                raise Unavailable(f"sandbox {sandbox.short}: its agent, process {pid}, does not die") from exc
+        if not ended:
+            raise Unavailable(f"sandbox {sandbox.short}: its agent, process {pid}, does not die")
         failpoints.passing("sandbox.destroyed")
-        await asyncio.to_thread(shutil.rmtree, sandbox.directory, ignore_errors=True)
-        await asyncio.to_thread(remove_home, sandbox.agent_home)
-        await asyncio.to_thread(_remove_scratch, self.scratch_path(sandbox))
+
+        def remove() -> None:
+            shutil.rmtree(sandbox.directory, ignore_errors=True)
+            remove_home(sandbox.agent_home)
+            _remove_scratch(self.scratch_path(sandbox))
+
+        await asyncio.to_thread(remove)
+
+
+async def _kill(pid: int) -> bool:
+    """Whether it is gone within END_TIMEOUT; 0 is none."""
+    if not pid:
+        return True
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    try:
+        async with asyncio.timeout(END_TIMEOUT):
+            await process_end(pid)
+    except TimeoutError:
+        return False
+    return True
 
 
 class CrunVersion:
