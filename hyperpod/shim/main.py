@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import ctypes
 import logging
@@ -47,6 +46,8 @@ async def _serve(options: ShimOptions) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m hyperpod.shim`."""
+    import argparse  # what a supervisor has forked does without
+
     parser = argparse.ArgumentParser(prog="hyperpod-shim")
     parser.add_argument("--sandbox-id", required=True)
     parser.add_argument("--directory", required=True)

@@ -7,10 +7,15 @@ and "agent" fork one, and are answered with its pid. The end of the socket is th
 from __future__ import annotations
 
 import sys
+import types
 
 # Neither shim nor agent needs them: betterproto2, asyncio and hashlib do without, as in a guest, and every child's
-# share of this process is smaller.
+# share of this process is smaller. betterproto2 asks for its own version by way of `email` and `zipfile`; whether
+# it fits the compiled messages the daemon sees, which has the same.
 sys.modules.update(dict.fromkeys(("pydantic", "ssl", "_hashlib"), None))  # type: ignore[arg-type]
+_version = types.ModuleType("betterproto2._version")
+_version.__dict__.update(__version__="", check_compiler_version=lambda _: None)
+sys.modules[_version.__name__] = _version
 
 import ctypes  # noqa: E402
 import gc  # noqa: E402
