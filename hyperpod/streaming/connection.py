@@ -13,6 +13,8 @@ _READ = 8 * 1024
 """Bytes; also what may come behind the request, see shim.sessions.spec.MAX_EARLY."""
 _RELAY = 256 * 1024
 _LINGER = 2.0
+_PATIENCE, _LOOK = 3600.0, 0.05
+"""Seconds that a client may take nothing at a session's end, as while its user reads a page; and between looks."""
 
 Spawn = Callable[[str, Coroutine[Any, Any, None]], object]
 
@@ -66,22 +68,14 @@ class PlainConnection:
         self._sock.close()
 
 
-class _Protocol(asyncio.StreamReaderProtocol):
-    def __init__(self, reader: asyncio.StreamReader, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(reader, loop=loop)
-        self.reader = reader
-
-
-def _protocol() -> _Protocol:
-    loop = asyncio.get_running_loop()
-    return _Protocol(asyncio.StreamReader(limit=_RELAY, loop=loop), loop)
-
-
 class TlsConnection:
     """The daemon encrypts and decrypts; the shim gets one end of a socket pair."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, plain: asyncio.Transport
+    ) -> None:
+        """`plain` carries what `writer` encrypts."""
+        self._reader, self._writer, self._plain = reader, writer, plain
         self._ours: socket.socket | None = None
         self._theirs: socket.socket | None = None
         self._relayed = False
@@ -89,23 +83,36 @@ class TlsConnection:
     @classmethod
     async def accept(cls, sock: socket.socket, context: ssl.SSLContext, timeout: float) -> TlsConnection:
         """Raises OSError (an ssl.SSLError is one) when the handshake fails."""
-        protocol, loop = _protocol(), asyncio.get_running_loop()
-        transport, _ = await loop.connect_accepted_socket(
-            lambda: protocol, sock, ssl=context, ssl_handshake_timeout=timeout, ssl_shutdown_timeout=_LINGER
-        )
-        return cls(protocol.reader, asyncio.StreamWriter(transport, protocol, protocol.reader, loop))
+        return await cls._begin(sock, context, None, timeout)
 
     @classmethod
     async def connect(
         cls, sock: socket.socket, context: ssl.SSLContext, name: str, timeout: float
     ) -> TlsConnection:
         """The client's side, for the command line; `name`: the server's. Raises as `accept`."""
-        protocol, loop = _protocol(), asyncio.get_running_loop()
-        transport, _ = await loop.create_connection(
-            lambda: protocol, sock=sock, ssl=context, server_hostname=name, ssl_handshake_timeout=timeout,
-            ssl_shutdown_timeout=_LINGER,
-        )  # fmt: skip
-        return cls(protocol.reader, asyncio.StreamWriter(transport, protocol, protocol.reader, loop))
+        return await cls._begin(sock, context, name, timeout)
+
+    @classmethod
+    async def _begin(
+        cls, sock: socket.socket, context: ssl.SSLContext, name: str | None, timeout: float
+    ) -> TlsConnection:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=_RELAY, loop=loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        # In two steps, to have the plain transport: nothing else tells what still waits in it.
+        plain, _ = await loop.connect_accepted_socket(asyncio.Protocol, sock)
+        try:
+            transport = await loop.start_tls(
+                plain, protocol, context, server_side=name is None, server_hostname=name,
+                ssl_handshake_timeout=timeout, ssl_shutdown_timeout=_LINGER,
+            )  # fmt: skip
+        except BaseException:
+            plain.abort()
+            raise
+        if transport is None:
+            raise ConnectionAbortedError("the other side left during the TLS handshake")
+        protocol.connection_made(transport)
+        return cls(reader, asyncio.StreamWriter(transport, protocol, reader, loop), plain)
 
     async def read(self) -> bytes:
         return await self._reader.read(_READ)
@@ -123,14 +130,15 @@ class TlsConnection:
         assert self._theirs is not None
         self._theirs.close()
         self._ours.setblocking(False)
-        self._relayed = True
         spawn("tls", self._relay(self._ours))
+        self._relayed = True
 
     async def _relay(self, sock: socket.socket) -> None:
         tasks = [asyncio.ensure_future(self._up(sock)), asyncio.ensure_future(self._down(sock))]
         try:
             # The shim's end says when it is over; the client's only that it sends nothing more.
             await asyncio.wait({tasks[1]})
+            await self._delivered()
         finally:
             for task in tasks:
                 task.cancel()
@@ -140,6 +148,16 @@ class TlsConnection:
             with contextlib.suppress(OSError, TimeoutError):
                 async with asyncio.timeout(_LINGER):
                     await self._writer.wait_closed()
+
+    async def _delivered(self) -> None:
+        """Until all is with the kernel: a close gives up soon on what is not, and that has the session's end."""
+        loop, before, since = asyncio.get_running_loop(), -1, 0.0
+        while left := self._writer.transport.get_write_buffer_size() + self._plain.get_write_buffer_size():
+            if left != before:
+                before, since = left, loop.time()
+            if self._plain.is_closing() or loop.time() - since > _PATIENCE:
+                return
+            await asyncio.sleep(_LOOK)
 
     async def _up(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()

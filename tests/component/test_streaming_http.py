@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -266,6 +267,46 @@ async def test_tls_with_client_certificates_and_reload(authority: Authority, tmp
         assert await subject(url, authority) == "next"
         big = server.url(TARGET)
         assert (await ask(big, post(big), data, authority.client("client"))).endswith(data)
+
+
+async def test_a_slow_reader_behind_tls_gets_the_end_too(authority: Authority) -> None:
+    """However long it takes: what the shim has sent, its last words too, is the daemon's to deliver."""
+    data, sending = os.urandom(400_000), list[asyncio.Task[None]]()
+
+    async def hand_over(
+        target: Target, upgrade: Upgrade, sock: socket.socket, head: bytes, early: bytes
+    ) -> None:
+        sending.append(asyncio.create_task(send(sock.dup())))
+
+    async def send(sock: socket.socket) -> None:
+        with sock:
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_sendall(sock, data)
+
+    def receive(url: str, request: bytes) -> bytes:
+        host, port, _ = place(url)
+        got = b""
+        with socket.socket() as plain:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+            plain.connect((host, port))
+            with authority.client().wrap_socket(plain, server_hostname=host) as sock:
+                sock.sendall(request)
+                time.sleep(4)
+                while part := sock.recv(65536):
+                    got += part
+        return got
+
+    config = StreamingConfig(
+        tls_cert=authority.folder / "server.pem", tls_key=authority.folder / "server.key"
+    )
+    server = StreamingServer(config, Tokens(), hand_over)
+    await server.listen()
+    assert server._sock is not None
+    server._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
+    url = server.url(TARGET)
+    assert await asyncio.to_thread(receive, url, post(url).encode()) == data
+    await asyncio.gather(*sending)
+    await server.close()
 
 
 async def subject(url: str, authority: Authority) -> str:
