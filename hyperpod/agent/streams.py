@@ -204,7 +204,7 @@ class InputStream:
         self._writing = False
         self._close_fd: Callable[[], None] = lambda: None
         self._peer: Peer | None = None
-        self._eof = self._over = False
+        self._eof = self._over = self._held = False
 
     def start(self, fd: int, close: Callable[[], None]) -> None:
         """Write into the non-blocking `fd`; `close` is called once, when it is done with."""
@@ -220,6 +220,8 @@ class InputStream:
         opened, free = encode_opened(0), not self._pending and not self._eof and _is_pipe(self._fd)
         if not (what.direct and free and peer.send_with(opened + encode_handover(0), self._fd)):
             peer.send([opened])
+        self._held = False
+        self._hold()
 
     def detach(self, peer: Peer) -> None:
         if self._peer is peer:
@@ -257,8 +259,16 @@ class InputStream:
             else:
                 self._loop.remove_writer(self._fd)
         self._acknowledge()
+        self._hold()
         if self._eof and not self._pending and self._fd >= 0:
             self.close_pipe()
+
+    def _hold(self) -> None:
+        """A connection takes no more than a window unwritten; what earlier ones have left is not to add up."""
+        full = len(self._pending) > WINDOW
+        if self._peer is not None and full is not self._held:
+            self._held = full
+            self._peer.hold(full)
 
     def _acknowledge(self) -> None:
         """Of this connection's bytes all but those still pending; older connections' are in front of them."""
@@ -278,6 +288,7 @@ class InputStream:
             self._fd = -1
             self._close_fd()
         self._acknowledge()
+        self._hold()
 
     def close(self) -> None:
         """Forget everything; a connected peer is dropped."""

@@ -18,6 +18,7 @@ from hyperpod.shim.sessions.socket import StreamSocket
 from hyperpod.shim.sessions.spec import SessionSpec
 from hyperpod.shim.sessions.stdin import InputQueue, SharedStdins, StdinLink
 from hyperpod.shim.sessions.tap import Fanout, Tap
+from hyperpod.tasks import bounded
 from hyperpod.wire.outcome import Outcome
 from hyperpod.wire.process import OUTPUT_GRACE, HostProcess, encode_resize
 from hyperpod.wire.remotecommand import (
@@ -37,6 +38,8 @@ _CHANNELS = {"stdout": Channel.STDOUT, "stderr": Channel.STDERR}
 _QUIET, _LEAVE = 0.5, 5.0
 """Seconds without output, and at most, until an attach ends whose client has ended its input for itself only."""
 _TEXT = 1024
+_START_TIMEOUT = 90.0
+"""Seconds; the agent gives crun 60, and a terminal 10 more."""
 
 
 class CommandSession(Session):
@@ -128,7 +131,9 @@ class ExecSession(CommandSession):
         link = StreamSocket(sock)
         try:
             link.write([self._process.start()])
-            await self._until(link, data, started=True)
+            await bounded(
+                self._until(link, data, started=True), _START_TIMEOUT, f"the start of {self._program}"
+            )
             if self._process.exit is None or not self._process.exit.text:
                 return await self._relay(link)
             text = f"cannot run {self._program}: {printable(self._process.exit.text, _TEXT)}"

@@ -56,7 +56,7 @@ class Session:
                 await asyncio.gather(serving, return_exceptions=True)
             elif not reading.done():
                 # Still read: a client that writes on must not be held up before it has heard the end.
-                await self._deliver(reading)
+                await self._deliver(reading, watching)
         finally:
             for task in tasks:
                 task.cancel()
@@ -64,10 +64,10 @@ class Session:
             self.client.close()
             self._say(results)
 
-    async def _deliver(self, reading: asyncio.Task[None]) -> None:
+    async def _deliver(self, reading: asyncio.Task[None], watching: asyncio.Task[None]) -> None:
         draining = asyncio.ensure_future(self.client.drain(0))
         try:
-            await asyncio.wait({draining, reading}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({draining, reading, watching}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             draining.cancel()
             reading.cancel()

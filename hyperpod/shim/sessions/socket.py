@@ -139,14 +139,13 @@ class StreamSocket:
         self._sock.shutdown(socket.SHUT_WR)
 
     async def finish(self) -> None:
-        """Everything out, then wait a little for the other side to go first: a reset would destroy what it has
-        not read yet."""
-        with contextlib.suppress(OSError):
-            await self.shut()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LINGER):
-                    while await self._loop.sock_recv(self._sock, CHUNK):
-                        pass
+        """Everything out, then wait for the other side to go first: a reset would destroy what it has not read yet.
+        It has a little while for both."""
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(_LINGER):
+                await self.shut()
+                while await self._loop.sock_recv(self._sock, CHUNK):
+                    pass
 
     def close(self) -> None:
         """Also while somebody reads, who then never hears of it."""

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections import deque
 
-from hyperpod.errors import HyperpodError, Unavailable
+from hyperpod.errors import DeadlineExceeded, HyperpodError, Unavailable
 from hyperpod.shim.dialer import AgentDialer
 from hyperpod.shim.sessions.direct import PipeEnd, connect, taken
 from hyperpod.shim.sessions.socket import Buffer, StreamSocket
@@ -19,6 +19,8 @@ LIMIT = 1024 * 1024
 """Bytes queued; then nothing more is read from the client."""
 SMALL = 16 * 1024
 """Bytes; less is copied together: views of it would take more room than it, and keep all that was read at once."""
+
+_OPEN_TIMEOUT = 10.0
 
 
 class InputQueue:
@@ -102,11 +104,15 @@ class StdinLink:
         self._failure: HyperpodError | None = None
 
     async def open(self) -> None:
-        """Raises StreamRefused (the process has no stdin), Unavailable."""
+        """Raises StreamRefused (the process has no stdin), Unavailable, DeadlineExceeded."""
         self._socket, data = await connect(self._dialer)
         self._socket.write([self._sender.start()])
         self._acks = asyncio.ensure_future(self._read(self._socket, data))
-        await self._opened.wait()
+        try:
+            async with asyncio.timeout(_OPEN_TIMEOUT):
+                await self._opened.wait()
+        except TimeoutError as exc:
+            raise DeadlineExceeded(f"the agent did not open the input within {_OPEN_TIMEOUT:g} s") from exc
         if self._failure is not None:
             raise self._failure
         if self._sender.handed_over:
