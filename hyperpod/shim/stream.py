@@ -22,6 +22,8 @@ CHUNK = 128 * 1024
 """Bytes to read at once, and so the most that one batch makes into records."""
 _ACK_TIMEOUT = 30.0
 _FIRST_RETRY, _LAST_RETRY = 0.05, 2.0
+_SELDOM = 5.0
+"""Seconds from one line about a stream in our own log to the next."""
 
 
 class Sink(Protocol):
@@ -49,6 +51,14 @@ class StreamPump:
         self._dialer, self._sink, self._fanout = dialer, sink, fanout
         self._formatter: LineFormatter | None = None
         self._progress = False
+        self._lost = 0
+        self._told = -_SELDOM
+
+    def _seldom(self) -> bool:
+        """Whether something may be logged that the guest can bring about."""
+        due = (now := time.monotonic()) - self._told >= _SELDOM
+        self._told = now if due else self._told
+        return due
 
     async def run(self) -> None:
         delay, said = _FIRST_RETRY, ""
@@ -58,7 +68,7 @@ class StreamPump:
                 await self._connection()
                 continue
             except (HyperpodError, OSError) as exc:
-                if str(exc) != said:
+                if str(exc) != said and self._seldom():
                     said = str(exc)
                     log.warning(
                         "%s of %s: %s; trying again", self._stream, self._container[:12], printable(said, 500)
@@ -126,7 +136,10 @@ class StreamPump:
             await self._sink.write(self._stream, formatter.offset, records)
         gap = offset - formatter.offset
         formatter.skip_to(offset, time.time_ns())
-        log.error("%s of %s: %d bytes are lost", self._stream, self._container[:12], gap)
+        self._lost += gap
+        if self._seldom():  # a guest may make as many gaps as it likes
+            log.error("%s of %s: %d bytes are lost", self._stream, self._container[:12], self._lost)
+            self._lost = 0
         await self._sink.write(self._stream, offset, [], gap)
 
     async def _acknowledge(self, sock: socket.socket, reader: HostReader, formatter: LineFormatter) -> None:

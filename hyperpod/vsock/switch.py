@@ -44,6 +44,8 @@ _BURST: Final = 16  # receive buffers per read of a client's socket
 _EVENTS: Final = 256
 # Answers to packets of unknown streams that may wait for receive buffers; then the transmit ring waits too.
 _MAX_RESETS: Final = 256
+# The same with those that we begin: a guest that takes none for days is not owed all of them.
+_MAX_OWED: Final = 4096
 
 RX: Final = 0
 TX: Final = 1
@@ -465,8 +467,10 @@ class Switch:
         """Tell the guest that the stream is over; hand out to the client what was received."""
         stream = connection.stream
         assert stream is not None
+        heard_of = (connection, wire.OP_REQUEST, 0) not in self._control
         self._forget(connection)
-        self._resets.append((stream.local_port, stream.peer_port))
+        if heard_of and len(self._resets) < _MAX_OWED:
+            self._resets.append((stream.local_port, stream.peer_port))
         self._drain_or_close(connection)
 
     def _forget(self, connection: Connection) -> None:

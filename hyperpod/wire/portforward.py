@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from hyperpod.errors import InvalidArgument
 from hyperpod.wire import spdy
 from hyperpod.wire.channels import SPDY_WINDOW, Buffer, Channels, answer, spdy_events
 from hyperpod.wire.upgrade import Transport
@@ -19,6 +20,8 @@ MAX_CONNECTIONS = 512
 _MAX_TEXT = 1024
 _MAX_EARLY, _MAX_ALL_EARLY = 64 * 1024, 1024 * 1024
 """Bytes kept for connections that are not complete: of one, and of all."""
+_MAX_BINARY, _MAX_BASE64 = 128, 40
+"""Ports, of two channels each: a number is one byte, or in base64 forms one ASCII character from "0" on."""
 
 
 class Dial(NamedTuple):
@@ -299,6 +302,9 @@ class WebSocketForward:
     half_close = False
 
     def __init__(self, protocol: str, ports: tuple[int, ...]) -> None:
+        """Raises InvalidArgument: more ports than the protocol has channels for."""
+        if len(ports) > (_MAX_BASE64 if "base64" in protocol else _MAX_BINARY):
+            raise InvalidArgument(f"{protocol} cannot carry {len(ports)} ports")
         self._ports = ports
         self._channels = Channels(protocol)
         self._open = set(range(len(ports)))

@@ -311,3 +311,20 @@ async def test_a_second_qemu_is_refused(setup: Setup) -> None:
         assert await second.ask(Request.GET_FEATURES) == b""
     second.close()
     assert setup.device.guest_up
+
+
+async def test_a_guest_that_takes_no_packets_is_not_owed_ever_more(setup: Setup) -> None:
+    """Dialled again and again by who does not know better, for as long as it stands still."""
+    switch = setup.device._switch
+    assert switch is not None
+    for _ in range(SIZE + 300):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(setup.device.hybrid_path)
+        sock.send(b"CONNECT 1024\n")
+        while not switch._streams:
+            await asyncio.sleep(0)
+        sock.close()
+        while switch._streams:
+            await asyncio.sleep(0)
+    assert len(switch._resets) <= SIZE
+    assert not switch._control

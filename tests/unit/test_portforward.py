@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from wsproto.connection import Connection, ConnectionType
 from wsproto.events import BytesMessage, CloseConnection, TextMessage
 
-from hyperpod.errors import ProtocolError
+from hyperpod.errors import InvalidArgument, ProtocolError
 from hyperpod.wire import spdy
 from hyperpod.wire.portforward import (
     Dial,
@@ -212,3 +212,12 @@ def test_any_bytes(data: bytes, transport: Transport) -> None:
     session.expire()
     session.finish()
     session.data_to_send()
+
+
+def test_ports_that_the_protocol_has_no_channels_for() -> None:
+    for protocol, most in (("v4.base64.channel.k8s.io", 40), ("v4.channel.k8s.io", 128)):
+        session = WebSocketForward(protocol, (80,) * most)
+        assert len(session.start()) == most
+        assert session.data_to_send()
+        with pytest.raises(InvalidArgument, match="cannot carry"):
+            WebSocketForward(protocol, (80,) * (most + 1))

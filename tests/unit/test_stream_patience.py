@@ -19,6 +19,8 @@ from hyperpod.shim.sessions.command import ExecSession
 from hyperpod.shim.sessions.session import Outgoing, Session
 from hyperpod.shim.sessions.spec import SessionSpec
 from hyperpod.shim.sessions.stdin import StdinLink
+from hyperpod.shim.sessions.tap import Fanout
+from hyperpod.shim.stream import StreamPump
 from hyperpod.wire import stdio
 from hyperpod.wire.remotecommand import Wanted
 from hyperpod.wire.stdio import FrameDecoder, Open
@@ -177,3 +179,40 @@ async def test_input_of_many_connections_does_not_add_up() -> None:
     assert [*states, last.held] == [True, False]
     stream.close()
     os.close(reading)
+
+
+class Sink:
+    """A log that takes everything."""
+
+    def __init__(self) -> None:
+        self.turn, self.gaps = asyncio.Lock(), 0
+
+    def offset(self, stream: str) -> int:
+        return 0
+
+    def has_ended(self, stream: str) -> bool:
+        return False
+
+    async def write(self, stream: str, offset: int, records: list[bytes], gap: int = 0) -> None:
+        self.gaps += gap
+
+    async def end(self, stream: str) -> None: ...
+
+
+async def test_a_guest_does_not_fill_our_log_with_its_gaps(caplog: pytest.LogCaptureFixture) -> None:
+    agent, sink = SilentAgent(), Sink()
+    pump = StreamPump(CONTAINER, "stdout", dialer(agent), sink, Fanout(("stdout",)))
+    running = asyncio.ensure_future(pump.run())
+    await asyncio.sleep(0)
+    [sock] = agent.theirs
+    frames = [stdio.encode_opened(0)]
+    for offset in range(0, 1000, 10):
+        frames += (b"".join(stdio.encode_data(offset, b"x\n")), stdio.encode_gap(offset + 10))
+    sock.sendall(b"".join(frames))
+    async with asyncio.timeout(10):
+        while sink.gaps < 800:
+            await asyncio.sleep(0.01)
+    assert len(caplog.records) < 3
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    agent.close()
