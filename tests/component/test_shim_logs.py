@@ -93,7 +93,7 @@ async def test_broken_connections_lose_and_repeat_nothing(one: Pod) -> None:
     await one.log_start(container)
     assert await finish(one, container) == (True, 0)
     assert payload(one.path(container).read_bytes()) == whole
-    assert len(one.peer.opened) > 4
+    assert len(one.peer.opened) > 2  # how often depends on how much each acknowledgement covers
 
 
 async def test_rotation_under_load_loses_nothing(one: Pod) -> None:
