@@ -79,7 +79,7 @@ class _Runs:
         pod = self.pod
         self.container = await pod.run("sleep", "10000")
         await self._make_file()
-        shim = next(pid for pid in pod.parent.family() if pid != pod.parent.pid)
+        shim = (await pod.shim.hello()).pid
         async with (
             _peer("source", str(self.size)) as (source, source_pid),
             _peer("sink") as (sink, sink_pid),

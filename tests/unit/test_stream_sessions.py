@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hyperpod.errors import InvalidArgument, ProtocolError, ResourceExhausted
 from hyperpod.shim.sessions import tap as tap_module
+from hyperpod.shim.sessions.direct import AgentSocket, PipeEnd, taken
 from hyperpod.shim.sessions.socket import HIGH_WATER, StreamSocket
 from hyperpod.shim.sessions.spec import SessionSpec, from_request, to_json
 from hyperpod.shim.sessions.stdin import InputQueue
@@ -216,3 +217,78 @@ async def test_a_peer_that_leaves_while_nobody_reads_is_noticed(monkeypatch: pyt
     with pytest.raises(ConnectionResetError):
         await one.hold(asyncio.Event().wait())
     one.close()
+
+
+async def test_a_pipe_keeps_the_order_and_ends_with_its_writers() -> None:
+    ours, theirs = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    data = os.urandom(3_000_000)
+    reading, writing = PipeEnd(ours), PipeEnd(theirs)
+
+    async def write() -> None:
+        with writing:
+            for start in range(0, len(data), 300_000):
+                piece = memoryview(data)[start : start + 300_000]
+                await writing.write([piece[:1], piece[1:200_000], piece[200_000:]])
+
+    task, got = asyncio.ensure_future(write()), b""
+    with reading:
+        while piece := await reading.read():
+            got += piece
+    await task
+    assert got == data
+
+
+async def test_a_pipe_that_others_hold_ends_with_silence() -> None:
+    ours, theirs = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    with PipeEnd(ours) as pipe:
+        os.write(theirs, b"last words")
+        pipe.end_when_idle(0.01)
+        assert await pipe.read() == b"last words"
+        assert await pipe.read() == b""
+        waiting = asyncio.ensure_future(pipe.read())
+        await asyncio.sleep(0)
+        pipe.end_when_idle(0.01)
+        assert await waiting == b""
+    os.close(theirs)
+
+
+async def test_a_pipe_that_nobody_reads_any_more() -> None:
+    ours, theirs = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    with PipeEnd(theirs) as pipe:
+        writing = asyncio.ensure_future(pipe.write([bytes(1_000_000)]))
+        await asyncio.sleep(0)
+        os.close(ours)
+        with pytest.raises(BrokenPipeError):
+            await writing
+
+
+async def test_a_descriptor_that_comes_with_an_answer() -> None:
+    ours, theirs = socket.socketpair()
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    link = AgentSocket(ours)
+    socket.send_fds(theirs, [b"first"], [reading])
+    assert await link.receive() == b"first"
+    fd = taken(link)
+    assert not os.get_inheritable(fd)
+    os.write(writing, b"through")
+    assert os.read(fd, 10) == b"through"
+    with pytest.raises(ProtocolError, match="without a descriptor"):
+        link.take()
+    socket.send_fds(theirs, [b"again"], [reading])
+    assert await link.receive() == b"again"
+    link.close()  # and what nobody took
+    for one in (fd, reading):
+        os.close(one)
+    with pytest.raises(BrokenPipeError):
+        os.write(writing, b"x")
+    os.close(writing)
+    theirs.close()
+
+
+async def test_a_guest_hands_nothing_over() -> None:
+    ours, theirs = socket.socketpair()
+    link = StreamSocket(ours)
+    with pytest.raises(ProtocolError, match="guest"):
+        taken(link)
+    link.close()
+    theirs.close()

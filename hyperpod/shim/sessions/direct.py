@@ -26,8 +26,9 @@ class AgentSocket(StreamSocket):
         self._descriptor = -1
 
     def _receive(self) -> bytes:
-        data, fds, _, _ = socket.recv_fds(self._sock, CHUNK, 1, socket.MSG_CMSG_CLOEXEC)
+        data, fds, _, _ = socket.recv_fds(self._sock, CHUNK, 1)
         if fds:
+            os.set_inheritable(fds[0], False)  # recv_fds takes flags, and forgets them
             self._forget()
             self._descriptor = fds[0]
         return data
