@@ -1,48 +1,89 @@
-"""Exec and port-forward throughput: host agent, real crun, real shim, this process as the client.
+"""Exec and port-forward throughput of host pods, this process as the client: `python -m tests.perf.streams`.
 
 Each end of a stream is a process of its own, and what each of them needs of the CPU is told beside the rate: where
 there are fewer CPUs than processes, that is what decides it. A plain asyncio socket relay beside it, in the same
-run, says what the machine can do.
+run, says what the machine can do; with --containerd so does containerd, by turns, with the same client. What a
+runtime does not manage is told and left out.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import contextlib
 import os
+import secrets
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from grpclib.client import Channel
 from wsproto.events import BytesMessage
 
+from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.cli.streamclient import SpdyClient, Stream
-from hyperpod.config import StreamingConfig
-from tests.agentkit import REPOSITORY, AgentKit, agent_folder, agent_pid, host_agent, make_busybox_layer
-from tests.perf.report import Figure, number, progress, spread
-from tests.streamkit import ALL, OUT, Command, StreamPod, WebSocket, exit_code, stream_pod
+from hyperpod.errors import Unavailable
+from hyperpod.wire.remotecommand import Wanted
+from tests.daemonkit import BUSYBOX, ROOT, Cri
+from tests.host.conftest import host_daemon_of
+from tests.perf import containerd
+from tests.perf.report import Figure, number, progress, spread, table
+from tests.shimkit import cmdline, processes
+from tests.streamkit import ALL, OUT, Command, WebSocket, exit_code
 
 PIECE = bytes(32 * 1024)
 """As Go's io.Copy writes."""
 FILE_MIB = 64
+BUDGET = 150.0
 _SINK = ("sh", "-c", "exec cat >/dev/null")
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
 async def figures(megabytes: int, rounds: int) -> list[Figure]:
-    with tempfile.TemporaryDirectory(prefix="hp-perf-") as folder:
-        base = Path(folder)
-        async with host_agent(base, make_busybox_layer(base)) as place:
-            kit = await AgentKit.claim(place)
-            try:
-                async with stream_pod(kit, StreamingConfig()) as pod:
-                    return await _Runs(pod, base, megabytes << 20).all(rounds)
-            finally:
-                await kit.client.close()
+    [(_, rates)] = await race(megabytes, rounds, with_containerd=False)
+    return [
+        Figure(
+            name, statistics.median(found.values), "MiB/s", None if "plain" in name else BUDGET, at_least=True,
+            note=f"{rounds} x {megabytes} MiB: {spread(found.values)}; CPU ms for a MiB, user+system: "
+            + found.where(megabytes),
+        )
+        for name, found in rates.items()
+    ]  # fmt: skip
+
+
+async def race(megabytes: int, rounds: int, *, with_containerd: bool) -> list[tuple[str, dict[str, _Rates]]]:
+    """By name of the runtime: what each way gave, by turns."""
+    size = megabytes << 20
+    async with contextlib.AsyncExitStack() as stack:
+        one = stack.enter_context(host_daemon_of('host_pods = ["test"]\n---', log_level="info"))
+        client = await stack.enter_async_context(one.client())
+        client.handler = "host"
+        await client.load_busybox()
+        source, source_pid = await stack.enter_async_context(_peer("source", str(size)))
+        sink, sink_pid = await stack.enter_async_context(_peer("sink"))
+        relay, relay_pid = await stack.enter_async_context(_peer("relay", str(source)))
+        pids = {"source": source_pid, "sink": sink_pid, "relay": relay_pid}
+        ours = await _Pod.make("hyperpod", client, str(one.run_dir), one.pid(), pids)
+        pods = [ours]
+        if with_containerd:
+            peer = stack.enter_context(containerd.running(None, one.base / "busybox"))
+            channel = Channel(path=str(peer.socket))
+            stack.callback(channel.close)
+            other = Cri(one, channel)
+            pods.append(await _Pod.make(peer.version, other, peer.marker, peer.pid, pids))
+        rates: list[tuple[str, dict[str, _Rates]]] = [(pod.name, {}) for pod in pods]
+        for _ in range(rounds):
+            for pod, (_, found) in zip(pods, rates, strict=True):
+                await pod.round(size, source, sink, found)
+                if pod is ours:
+                    await pod.measure("plain asyncio relay", lambda: _plain(relay, size), size, found)
+        for pod in pods:
+            await pod.client.remove_pod(pod.pod)
+    return rates
 
 
 @dataclass
@@ -58,9 +99,9 @@ class _Rates:
             before = self.cpu.get(name, (0.0, 0.0))
             self.cpu[name] = before[0] + user, before[1] + system
 
-    def where(self, size: int) -> str:
+    def where(self, megabytes: int) -> str:
         """Milliseconds for one MiB; who needed next to nothing is left out."""
-        per = 1000 / (len(self.values) * size / (1 << 20))
+        per = 1000 / (len(self.values) * megabytes)
         return ", ".join(
             f"{name} {number(user * per)}+{number(system * per)}"
             for name, (user, system) in self.cpu.items()
@@ -68,135 +109,174 @@ class _Rates:
         )
 
 
-class _Runs:
-    def __init__(self, pod: StreamPod, base: Path, size: int) -> None:
-        self.pod, self.size = pod, size
-        self.container = ""
-        self.pids: dict[str, int] = {}
-        self.cgroup = f"/hyperpod/{agent_folder(base).name}"
+@dataclass
+class _Pod:
+    """One runtime's, on the host's network, with a container that sleeps. `cgroup`: of the container."""
 
-    async def all(self, rounds: int) -> list[Figure]:
-        pod = self.pod
-        self.container = await pod.run("sleep", "10000")
-        await self._make_file()
-        shim = (await pod.shim.hello()).pid
-        async with (
-            _peer("source", str(self.size)) as (source, source_pid),
-            _peer("sink") as (sink, sink_pid),
-            _peer("relay", str(source)) as (relay, relay_pid),
-        ):
-            self.pids = {"shim": shim, "agent": agent_pid(pod.agent.place), "source": source_pid,
-                         "sink": sink_pid, "relay": relay_pid}  # fmt: skip
-            runs: dict[str, Callable[[], Awaitable[None]]] = {
-                "exec down, SPDY": self.spdy_down, "exec up, SPDY": self.spdy_up,
-                "exec down, WebSocket": self.web_down, "exec up, WebSocket": self.web_up,
-                "port-forward down": lambda: self.forward_down(source),
-                "port-forward up": lambda: self.forward_up(sink),
-                "plain asyncio relay": lambda: self.plain(relay),
-            }  # fmt: skip
-            rates = {name: _Rates() for name in runs}
-            for _ in range(rounds):
-                for name, run in runs.items():
-                    before, start = self._cpu(), time.monotonic()
-                    await run()
-                    rate = self.size / (1 << 20) / (time.monotonic() - start)
-                    after = self._cpu()
-                    spent = {who: (after[who][0] - u, after[who][1] - s) for who, (u, s) in before.items()}
-                    rates[name].add(rate, spent)
-                    progress(f"{name}: {rate:.0f} MiB/s")
-        return [
-            Figure(
-                name, statistics.median(found.values), "MiB/s", None if "plain" in name else 150.0,
-                at_least=True,
-                note=f"{rounds} x {self.size >> 20} MiB: {spread(found.values)}; CPU ms for a MiB, user+system: "
-                + found.where(self.size),
-            )
-            for name, found in rates.items()
-        ]  # fmt: skip
+    name: str
+    client: Cri
+    pod: str
+    container: str
+    pids: dict[str, int]
+    cgroup: Path
+
+    @classmethod
+    async def make(cls, name: str, client: Cri, marker: str, server: int, pids: dict[str, int]) -> _Pod:
+        """`marker`: in the command line of each process of the runtime's pods."""
+        options = cri.NamespaceOption(network=cri.NamespaceMode.NODE, pid=cri.NamespaceMode.CONTAINER)
+        context = cri.LinuxSandboxSecurityContext(namespace_options=options)
+        config = client.pod_config(security_context=context)
+        config.hostname = ""  # on the host's network it has the host's
+        pod = await client.run_pod(config)
+        seconds = str(secrets.randbelow(10**8) + 10**8)
+        request = cri.CreateContainerRequest(
+            pod_sandbox_id=pod, sandbox_config=config,
+            config=cri.ContainerConfig(
+                metadata=cri.ContainerMetadata(name="c"), image=cri.ImageSpec(image=BUSYBOX),
+                command=["sleep", seconds], log_path="c.log",
+                linux=cri.LinuxContainerConfig(
+                    security_context=cri.LinuxContainerSecurityContext(namespace_options=options)
+                ),
+            ),
+        )  # fmt: skip
+        container = (await client.runtime.create_container(request)).container_id
+        await client.start(container)
+        sleeper = _one(pid for pid in processes() if seconds.encode() in cmdline(pid).split(b"\0"))
+        groups = Path(f"/proc/{sleeper}/cgroup").read_text().splitlines()
+        path = next(line.split(":", 2) for line in groups if "cpuacct" in line or line.startswith("0::"))
+        mounted = Path("/sys/fs/cgroup/cpuacct" if path[1] else "/sys/fs/cgroup")
+        own = {pid: cmdline(pid) for pid in processes() if marker.encode() in cmdline(pid)}
+        found = {
+            "shim": _one(pid for pid, line in own.items() if b"shim" in line.split(b"\0")[0]),
+            "agent": next((pid for pid, line in own.items() if line.startswith(b"hyperpod-agent")), 0),
+            "runtime": server,
+        }
+        made = cls(name, client, pod, container, found | pids, mounted / path[2].lstrip("/"))
+        await made._make_file()
+        return made
+
+    async def exec_url(self, *argv: str, wanted: Wanted = OUT) -> str:
+        request = cri.ExecRequest(
+            container_id=self.container, cmd=list(argv),
+            stdin=wanted.stdin, stdout=wanted.stdout, stderr=wanted.stderr,
+        )  # fmt: skip
+        return (await self.client.runtime.exec(request)).url
 
     async def _make_file(self) -> None:
-        command = await Command.open(
-            self.pod.exec_url(
-                self.container, "dd", "if=/dev/zero", "of=/tmp/file", "bs=1024k", f"count={FILE_MIB}"
-            )
-        )
-        assert exit_code((await command.result())[2]) == 0
+        argv = ("dd", "if=/dev/zero", "of=/tmp/file", "bs=1024k", f"count={FILE_MIB}")
+        assert exit_code((await (await Command.open(await self.exec_url(*argv))).result())[2]) == 0
+
+    async def round(self, size: int, source: int, sink: int, rates: dict[str, _Rates]) -> None:
+        runs: dict[str, Callable[[], Awaitable[None]]] = {
+            "exec down, SPDY": lambda: self.spdy_down(size), "exec up, SPDY": lambda: self.spdy_up(size),
+            "exec down, WebSocket": lambda: self.web_down(size),
+            "exec up, WebSocket": lambda: self.web_up(size),
+            "port-forward down": lambda: self.forward_down(source, size),
+            "port-forward up": lambda: self.forward_up(sink, size),
+        }  # fmt: skip
+        for name, run in runs.items():
+            await self.measure(name, run, size, rates)
+
+    async def measure(
+        self, name: str, run: Callable[[], Awaitable[None]], size: int, rates: dict[str, _Rates]
+    ) -> None:
+        before, start = self._cpu(), time.monotonic()
+        try:
+            await run()
+        except Unavailable as exc:
+            progress(f"{self.name}: {name}: {exc}")
+            return
+        rate = size / (1 << 20) / (time.monotonic() - start)
+        after = self._cpu()
+        spent = {
+            who: (after[who][0] - user, after[who][1] - system) for who, (user, system) in before.items()
+        }
+        rates.setdefault(name, _Rates()).add(rate, spent)
+        progress(f"{self.name}: {name}: {rate:.0f} MiB/s")
 
     def _cpu(self) -> dict[str, tuple[float, float]]:
         """Seconds (user, system) so far: this process, those in `pids`, and all that ran in the container."""
         own = os.times()
         found = {"client": (own.user, own.system)}
         for name, pid in self.pids.items():
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            found[name] = int(fields[11]) / _TICK, int(fields[12]) / _TICK
+            if pid:
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                found[name] = int(fields[11]) / _TICK, int(fields[12]) / _TICK
         return found | {"container": self._container_cpu()}
 
     def _container_cpu(self) -> tuple[float, float]:
-        v1 = Path(f"/sys/fs/cgroup/cpuacct{self.cgroup}")
-        if v1.exists():
-            user, system = ((v1 / f"cpuacct.usage_{kind}").read_text() for kind in ("user", "sys"))
+        if (self.cgroup / "cpuacct.usage_user").exists():
+            user, system = ((self.cgroup / f"cpuacct.usage_{kind}").read_text() for kind in ("user", "sys"))
             return int(user) / 1e9, int(system) / 1e9
-        lines = Path(f"/sys/fs/cgroup{self.cgroup}/cpu.stat").read_text().splitlines()
-        values = dict(line.split() for line in lines)
+        values = dict(line.split() for line in (self.cgroup / "cpu.stat").read_text().splitlines())
         return int(values["user_usec"]) / 1e6, int(values["system_usec"]) / 1e6
 
-    def _cat(self) -> str:
-        files = ["/tmp/file"] * (self.size // (FILE_MIB << 20))
-        return self.pod.exec_url(self.container, "cat", *files, wanted=OUT)
+    def _cat(self, size: int) -> list[str]:
+        return ["cat", *["/tmp/file"] * (size // (FILE_MIB << 20))]
 
-    async def spdy_down(self) -> None:
-        command = await Command.open(self._cat())
-        assert await _count(command.stdout.read) == self.size  # type: ignore[union-attr]
+    async def spdy_down(self, size: int) -> None:
+        command = await Command.open(await self.exec_url(*self._cat(size)))
+        assert await _count(command.stdout.read) == size  # type: ignore[union-attr]
         await command.client.close()
 
-    async def spdy_up(self) -> None:
-        command = await Command.open(self.pod.exec_url(self.container, *_SINK, wanted=ALL), ALL)
-        for _ in range(self.size // len(PIECE)):
+    async def spdy_up(self, size: int) -> None:
+        command = await Command.open(await self.exec_url(*_SINK, wanted=ALL), ALL)
+        for _ in range(size // len(PIECE)):
             await command.write(PIECE)
         await command.end()
         assert exit_code((await command.result())[2]) == 0
 
-    async def web_down(self) -> None:
-        socket, got = await WebSocket.connect(self._cat(), "v5.channel.k8s.io"), 0
+    async def web_down(self, size: int) -> None:
+        socket, got = await WebSocket.connect(await self.exec_url(*self._cat(size)), "v5.channel.k8s.io"), 0
         async for message in socket.messages():
             got += len(message) - 1 if message[:1] == b"\x01" else 0
-        assert got == self.size
+        assert got == size
         socket.close()
 
-    async def web_up(self) -> None:
-        url = self.pod.exec_url(self.container, *_SINK, wanted=ALL)
-        socket = await WebSocket.connect(url, "v5.channel.k8s.io")
+    async def web_up(self, size: int) -> None:
+        socket = await WebSocket.connect(await self.exec_url(*_SINK, wanted=ALL), "v5.channel.k8s.io")
         # Masked once: the client's cost is not ours.
         frame = socket._connection.send(BytesMessage(b"\0" + PIECE))
-        for _ in range(self.size // len(PIECE)):
+        for _ in range(size // len(PIECE)):
             await socket._loop.sock_sendall(socket._sock, frame)
         await socket.send(b"\xff\x00")
         assert b"Success" in (await socket.channels())[3]
         socket.close()
 
-    async def forward_down(self, port: int) -> None:
+    async def forward_down(self, port: int, size: int) -> None:
         client, stream = await self._forwarded(port)
-        assert await _count(stream.read) == self.size
+        assert await _count(stream.read) == size
         await client.close()
 
-    async def forward_up(self, port: int) -> None:
+    async def forward_up(self, port: int, size: int) -> None:
         client, stream = await self._forwarded(port)
-        for _ in range(self.size // len(PIECE)):
+        for _ in range(size // len(PIECE)):
             await stream.write(PIECE)
         await stream.end()
-        assert int(await stream.read_all()) == self.size
+        answer = await stream.read_all()
+        if not answer:
+            raise Unavailable("the port's answer to the end of input did not come")
+        assert int(answer) == size
         await client.close()
 
     async def _forwarded(self, port: int) -> tuple[SpdyClient, Stream]:
-        client = await SpdyClient.connect(self.pod.forward_url(), "portforward.k8s.io")
+        request = cri.PortForwardRequest(pod_sandbox_id=self.pod, port=[port])
+        url = (await self.client.runtime.port_forward(request)).url
+        client = await SpdyClient.connect(url, "portforward.k8s.io")
         headers = (("port", str(port)), ("requestid", "0"))
         await client.open((("streamtype", "error"), *headers))
         return client, await client.open((("streamtype", "data"), *headers))
 
-    async def plain(self, port: int) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
-        assert await _count(lambda: reader.read(1 << 18)) == self.size
-        writer.close()
+
+async def _plain(port: int, size: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+    assert await _count(lambda: reader.read(1 << 18)) == size
+    writer.close()
+
+
+def _one(found: Iterable[int]) -> int:
+    [pid] = found
+    return pid
 
 
 async def _count(read: Callable[[], Awaitable[bytes]]) -> int:
@@ -211,10 +291,28 @@ async def _peer(*args: str) -> AsyncIterator[tuple[int, int]]:
     """Port and pid."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.perf.peer", *args,
-        cwd=REPOSITORY, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        cwd=ROOT, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
     try:
         yield int(await process.stdout.readline()), process.pid
     finally:
         await process.communicate(b"")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tests.perf.streams", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", type=int, default=512, help=f"of one stream, a multiple of {FILE_MIB}")
+    parser.add_argument("--containerd", action="store_true", help="run Debian's containerd and runc, too")
+    args = parser.parse_args()
+    load = os.getloadavg()[0]
+    found = asyncio.run(race(args.megabytes, args.rounds, with_containerd=args.containerd))
+    print(f"{os.cpu_count()} CPUs, load {load:.1f} before the run\n")
+    for name, rates in found:
+        rows = [[way, spread(one.values), one.where(args.megabytes)] for way, one in rates.items()]
+        print(table((name, "MiB/s", "CPU ms for a MiB, user+system"), rows), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
