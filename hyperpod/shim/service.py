@@ -62,7 +62,7 @@ class ShimOptions:
 
 
 class Shim:
-    """One sandbox's shim. `run` serves until `stop` is set (by shutdown, or a signal)."""
+    """One sandbox's shim. `run` serves until `stop` is set (by a signal)."""
 
     def __init__(self, options: ShimOptions) -> None:
         self.options = options
@@ -83,7 +83,6 @@ class Shim:
             "collect": self._collect,
             "session": self._session,
             "console": self._console_tail,
-            "shutdown": self._shutdown,
         }
 
     async def run(self) -> None:
@@ -209,11 +208,6 @@ class Shim:
 
     async def _console_tail(self, request: Request, fds: list[int]) -> dict[str, Any]:
         return {"tail": base64.b64encode(self._console.tail(_CONSOLE_TAIL)).decode()}
-
-    async def _shutdown(self, request: Request, fds: list[int]) -> dict[str, Any]:
-        # After the reply: a little later is early enough.
-        asyncio.get_running_loop().call_later(0.02, self.stop.set)
-        return {}
 
 
 def _read_file(fd: int) -> bytes:

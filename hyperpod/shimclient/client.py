@@ -105,7 +105,3 @@ class ShimClient:
         if not isinstance(tail, str):
             raise ProtocolError("shim: console without a tail")
         return tail
-
-    async def shutdown(self) -> None:
-        """The shim leaves a moment after the reply."""
-        await self._caller.call("shutdown", timeout=CALL)

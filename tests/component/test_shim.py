@@ -7,6 +7,7 @@ import base64
 import contextlib
 import os
 import secrets
+import signal
 import socket
 import struct
 from collections.abc import AsyncIterator, Iterator
@@ -180,10 +181,10 @@ async def test_descriptors_that_nobody_wants_do_not_pile_up(one: Pod) -> None:
     await caller.close()
 
 
-async def test_shutdown_removes_the_sockets(one: Pod) -> None:
+async def test_an_end_in_order_removes_the_sockets(one: Pod) -> None:
     assert one.shim is not None
     pid = (await one.shim.hello()).pid
-    await one.shim.shutdown()
+    os.kill(pid, signal.SIGTERM)
     await one.shim.closed.wait()
     await eventually(lambda: not Path(f"/proc/{pid}").exists())
     assert [p.name for p in one.directory.iterdir() if p.is_socket()] == ["1025.sock"]

@@ -36,6 +36,24 @@ async def test_round_trip_keeps_binary_values(tmp_path: Path) -> None:
     assert aside == []
 
 
+async def test_a_successor_finds_what_was_not_synced_yet(tmp_path: Path) -> None:
+    one = store(tmp_path)
+    await one.load()
+    await one.create("a", Thing(name="x"), State())
+    await one.update("a", State(version=1), durable=False)
+    found, _ = await store(tmp_path).load()
+    assert found == {"a": (Thing(name="x"), State(version=1))}
+
+
+async def test_what_is_gone_again_needs_no_sync(tmp_path: Path) -> None:
+    one = store(tmp_path)
+    await one.load()
+    await one.create("a", Thing(name="x"), State())
+    await one.delete("a")
+    await one.settle("a")
+    assert (await store(tmp_path).load())[0] == {}
+
+
 async def test_a_folder_without_record_was_never_announced(tmp_path: Path) -> None:
     one = store(tmp_path)
     await one.load()
