@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from hyperpod.config import StreamingConfig
 from hyperpod.errors import HyperpodError
 from hyperpod.wire.remotecommand import Wanted
-from tests.agentkit import TIMEOUT, AgentKit
+from tests.agentkit import TIMEOUT, AgentKit, agent_pid
 from tests.shimkit import WAIT, eventually, payload
 from tests.streamkit import ALL, OUT, TTY, Command, StreamPod, WebSocket, exit_code, stream_pod
 
@@ -78,6 +79,25 @@ async def test_who_reads_what_an_exec_prints(pod: StreamPod) -> None:
     await command.end()
     assert (await command.result())[0] == b""
     await eventually(lambda: pipes(pid) == before)
+
+
+async def test_a_shim_that_is_killed_ends_its_execs(pod: StreamPod) -> None:
+    """In their own way: what they still say finds a reader, the agent, and nobody's pipe is broken."""
+    container, agent = await pod.run("sleep", "1000"), agent_pid(pod.agent.place)
+    before = len(pipes(agent))
+    script = "trap 'seq 100000 && echo $? > /tmp/said; exit' HUP; echo $$; while :; do sleep 0.1; done"
+    command = await Command.open(pod.exec_url(container, "sh", "-c", script, wanted=ALL), ALL)
+    await command.until(b"\n")
+    os.kill((await pod.shim.hello()).pid, signal.SIGKILL)
+    async with asyncio.timeout(WAIT):
+        while b"trap" in await processes(pod, container):
+            await asyncio.sleep(0.1)
+    await eventually(lambda: len(pipes(agent)) <= before)
+    exec_id = await pod.agent.exec(container, "cat", "/tmp/said")
+    async with pod.agent.output(container, exec_id) as stream:
+        assert await stream.read_all() == b"0\n"
+    await pod.agent.client.remove_exec(container, exec_id)
+    await command.client.close()
 
 
 def pipes(pid: int) -> set[str]:
