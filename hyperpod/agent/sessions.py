@@ -14,6 +14,7 @@ from hyperpod.wire.process import (
     EXIT_NOT_EXECUTABLE,
     EXIT_NOT_FOUND,
     OUTPUT_GRACE,
+    Starting,
     decode_resize,
     encode_exit,
 )
@@ -42,6 +43,7 @@ class ProcessStream:
         self._owner = containers.tools.owner
         self._peer: Peer | None = None
         self._task: asyncio.Task[None] | None = None
+        self._starting = Starting()
 
     def attach(self, peer: Peer, what: Open) -> None:
         self._peer = peer
@@ -65,8 +67,8 @@ class ProcessStream:
     def receive(self, frame: Frame) -> None:
         """START or RESIZE. Raises ProtocolError."""
         if frame.type is FrameType.START and self._what.exec_id and self._task is None:
-            process = bytes(frame.payload)
-            self._task = self._owner.spawn(f"session/{self._what.exec_id}", self._run(process))
+            if (process := self._starting.feed(frame)) is not None:
+                self._task = self._owner.spawn(f"session/{self._what.exec_id}", self._run(process))
         elif frame.type is FrameType.RESIZE:
             rows, columns = decode_resize(frame.offset)
             with contextlib.suppress(HyperpodError, OSError):  # ended, or not begun

@@ -32,7 +32,7 @@ from hyperpod.tasks import TaskOwner
 from hyperpod.vsock.device import VsockDevice
 from hyperpod.vsock.dial import endpoint_from_json
 from hyperpod.wire.control import Request
-from hyperpod.wire.stdio import MAX_PAYLOAD
+from hyperpod.wire.process import MAX_PROCESS
 
 log = logging.getLogger(__name__)
 
@@ -211,10 +211,10 @@ class Shim:
 
 
 def _read_file(fd: int) -> bytes:
-    """Raises InvalidArgument: more than a frame holds, so that the agent would not take it."""
-    data = os.pread(fd, MAX_PAYLOAD + 1, 0)
-    if len(data) > MAX_PAYLOAD:
-        raise InvalidArgument(f"arguments and environment of the exec take more than {MAX_PAYLOAD} bytes")
+    """Raises InvalidArgument: more than the agent takes."""
+    data = os.pread(fd, MAX_PROCESS + 1, 0)
+    if len(data) > MAX_PROCESS:
+        raise InvalidArgument(f"arguments and environment of the exec take more than {MAX_PROCESS} bytes")
     return data
 
 

@@ -1,7 +1,8 @@
 """The `process` stream of a stdio connection: the life of an exec, or a view of a container's. Sans-IO.
 
     host     OPEN {..., "stream": "process", "tty", "stdin"}
-             START(payload: the OCI process as JSON)       only with an exec id; creates and starts it
+             START(bytes that follow; payload: of the OCI process as JSON)   only with an exec id; the last one,
+                 which no more follow, creates and starts it
              RESIZE(rows << 16 | columns)
     agent    OPENED     it runs; its stdin, stdout and stderr can be opened
              EXIT(code; payload: why it did not start)     once; before OPENED when it never ran
@@ -21,6 +22,7 @@ from hyperpod.errors import InvalidArgument, ProtocolError
 from hyperpod.wire.stdio import (
     MAX_PAYLOAD,
     MAX_TEXT,
+    Frame,
     FrameDecoder,
     FrameType,
     Open,
@@ -28,6 +30,9 @@ from hyperpod.wire.stdio import (
     encode,
     encode_open,
 )
+
+MAX_PROCESS = 2 * 1024 * 1024
+"""Bytes of the OCI process: what Linux takes of arguments and environment."""
 
 EXIT_NOT_FOUND, EXIT_NOT_EXECUTABLE = 127, 126
 """As shells tell of a program that they cannot run."""
@@ -60,21 +65,42 @@ def encode_exit(code: int, text: str = "") -> bytes:
     return encode(FrameType.EXIT, code, text.encode(errors="replace")[:MAX_TEXT])
 
 
+class Starting:
+    """The agent's side of START."""
+
+    def __init__(self) -> None:
+        self._process = bytearray()
+        self._left: int | None = None
+
+    def feed(self, frame: Frame) -> bytes | None:
+        """The process, once it is whole. Raises ProtocolError."""
+        left = frame.offset + len(frame.payload)
+        if left + len(self._process) > MAX_PROCESS or self._left not in (None, left):
+            raise ProtocolError(f"stdio: START of {left} bytes behind {len(self._process)}")
+        self._process += frame.payload
+        self._left = frame.offset
+        return None if frame.offset else bytes(self._process)
+
+
 class HostProcess:
     """The host's side. `process`: the OCI process as JSON, None to only watch."""
 
     def __init__(self, request: Open, process: bytes | None) -> None:
-        """Raises InvalidArgument: the process is too large for a frame."""
-        if process is not None and len(process) > MAX_PAYLOAD:
-            raise InvalidArgument(f"arguments and environment take {len(process)} bytes, {MAX_PAYLOAD} fit")
+        """Raises InvalidArgument: the process is too large."""
+        if process is not None and len(process) > MAX_PROCESS:
+            raise InvalidArgument(f"arguments and environment take {len(process)} bytes, {MAX_PROCESS} fit")
         self._request, self._process = request, process
         self._decoder = FrameDecoder()
         self.opened = False
         self.exit: Exit | None = None
 
     def start(self) -> bytes:
-        opening = encode_open(self._request)
-        return opening if self._process is None else opening + encode(FrameType.START, 0, self._process)
+        frames, process = [encode_open(self._request)], self._process or b""
+        for end in range(MAX_PAYLOAD, len(process) + MAX_PAYLOAD, MAX_PAYLOAD):
+            frames.append(
+                encode(FrameType.START, max(0, len(process) - end), process[end - MAX_PAYLOAD : end])
+            )
+        return b"".join(frames)
 
     def feed(self, data: bytes) -> None:
         """Look at `opened` and `exit` afterwards. Raises ProtocolError, StreamRefused."""

@@ -38,6 +38,16 @@ async def test_exec(pod: StreamPod) -> None:
     assert await command.result() == (b"", b"", {"metadata": {}, "status": "Success"})
 
 
+async def test_exec_with_a_large_command(pod: StreamPod) -> None:
+    container = await pod.run("sleep", "1000")
+    words = [f"{index:0100000d}" for index in range(8)]
+    command = await Command.open(
+        pod.exec_url(container, "sh", "-c", 'for x; do echo "$x"; done', "sh", *words)
+    )
+    out, _, status = await command.result()
+    assert (out.decode().split(), exit_code(status)) == (words, 0)
+
+
 async def test_exec_with_input_to_its_end(pod: StreamPod) -> None:
     container = await pod.run("sleep", "1000")
     data = os.urandom(5_000_000)

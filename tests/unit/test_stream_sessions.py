@@ -21,7 +21,15 @@ from hyperpod.shim.sessions.tap import Fanout
 from hyperpod.wire import stdio
 from hyperpod.wire.control import Request, decode_request, encode_request
 from hyperpod.wire.portpipe import HostPort, PortEnd
-from hyperpod.wire.process import Exit, HostProcess, decode_resize, encode_exit, encode_resize
+from hyperpod.wire.process import (
+    MAX_PROCESS,
+    Exit,
+    HostProcess,
+    Starting,
+    decode_resize,
+    encode_exit,
+    encode_resize,
+)
 from hyperpod.wire.remotecommand import Wanted
 from hyperpod.wire.stdio import FrameDecoder, FrameType, Open, StreamRefused
 from hyperpod.wire.upgrade import Transport
@@ -49,7 +57,7 @@ def test_a_process_that_did_not_start() -> None:
     with pytest.raises(StreamRefused, match="not RUNNING"):
         HostProcess(Open(CONTAINER, "process", EXEC), b"{}").feed(stdio.encode_error("not RUNNING"))
     with pytest.raises(InvalidArgument, match="fit"):
-        HostProcess(Open(CONTAINER, "process", EXEC), bytes(70_000))
+        HostProcess(Open(CONTAINER, "process", EXEC), bytes(MAX_PROCESS + 1))
 
 
 @pytest.mark.parametrize(
@@ -62,6 +70,24 @@ def test_a_process_that_did_not_start() -> None:
 def test_a_guests_nonsense_about_a_process(frames: bytes) -> None:
     with pytest.raises(ProtocolError):
         HostProcess(Open(CONTAINER, "process", EXEC), b"{}").feed(frames)
+
+
+@given(st.binary(min_size=1, max_size=300_000))
+def test_a_process_of_many_frames(process: bytes) -> None:
+    """A pod in a namespace with many services has an environment of more than one."""
+    starting, [_, *starts] = (
+        Starting(),
+        FrameDecoder().feed(HostProcess(Open(CONTAINER, "process"), process).start()),
+    )
+    assert [starting.feed(frame) for frame in starts] == [None] * (len(starts) - 1) + [process]
+
+
+def test_starts_that_do_not_fit_together() -> None:
+    for first, second in ((MAX_PROCESS, 0), (9, 9), (9, 10), (9, 0)):
+        starting = Starting()
+        with pytest.raises(ProtocolError):
+            for left in (first, second):
+                starting.feed(stdio.Frame(FrameType.START, left, b"12"))
 
 
 @pytest.mark.parametrize("value", [0, 1, 1 << 16, 2**40])
