@@ -24,6 +24,10 @@ LIST_PAGE = 256
 _BACKLOG = 128
 _MESSAGES_PER_TURN = 16
 _MAX_UID = 2**32 - 2
+_PER_USER = 8
+"""Connections of one user that is not root at once: a shim has one. More could take all our descriptors."""
+_PAUSE = 0.2
+"""Seconds without accepting, when there are no descriptors left."""
 
 
 class Connection:
@@ -85,9 +89,15 @@ class Server:
             sock, _ = self._sock.accept()
         except OSError as exc:
             log.warning("accept: %s", exc)
+            self._loop.unwatch(self._sock.fileno())
+            self._loop.after(_PAUSE, lambda: self._loop.watch(self._sock.fileno(), self._accept))
             return
         sock.setblocking(False)
         connection = Connection(sock)
+        uid = connection.peer.uid
+        if uid and sum(other.peer.uid == uid for other in self._connections) >= _PER_USER:
+            sock.close()
+            return
         self._connections.add(connection)
         self._loop.watch(sock.fileno(), lambda: self._readable(connection))
 
@@ -221,7 +231,8 @@ class Server:
                 owner = os.lstat(self._run_dir / "s" / ident[:12]).st_uid
             except OSError:
                 owner = -1
-            if owner == peer.uid:
+            # A folder is one sandbox's: further ids that begin alike would be room for ever more descriptors.
+            if owner == peer.uid and (shim or not any(i.startswith(ident[:12]) for i in self.shims.all)):
                 return ident
         raise PermissionDenied(f"pid {peer.pid}, uid {peer.uid} is not the shim of sandbox {ident[:12]}")
 

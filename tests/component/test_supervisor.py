@@ -244,6 +244,38 @@ def test_other_users_command_nothing() -> None:
         assert "permission_denied" in ask(UID, f'{{"id":1,"op":"drop",{ours}}}')
 
 
+def test_another_user_takes_no_more_than_a_shim_needs() -> None:
+    """A shim that a guest has taken over: it neither opens connections without end, nor stores as more than one."""
+    with supervisor() as parent:
+        one = secrets.token_hex(32)
+        folder = parent.run_dir / "s" / one[:12]
+        folder.mkdir(mode=0o700)
+        os.chown(folder, UID, UID)
+        code = (
+            "import json, os, socket, sys\n"
+            "os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[2]))\n"
+            "kept = []\n"
+            "for number in range(100):\n"
+            "    s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); s.connect(sys.argv[1]); kept.append(s)\n"
+            "for number in range(3):\n"
+            "    ident = sys.argv[3][:63] + 'abc'[number]\n"
+            "    kept[0].send(json.dumps(dict(id=1, op='store', sandbox_id=ident, name='x', state='1')).encode())\n"
+            "    print('ok' if json.loads(kept[0].recv(65536)).get('ok') else 'refused')\n"
+            "sys.stdout.flush()\n"
+            "sys.stdin.read()"
+        )
+        before = len(os.listdir(f"/proc/{parent.pid}/fd"))
+        socket_path = str(parent.run_dir / "supervisor.sock")
+        argv = [sys.executable, "-c", code, socket_path, str(UID), one]
+        with subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/"
+        ) as process:
+            assert process.stdout is not None
+            assert [process.stdout.readline().strip() for _ in range(3)] == ["ok", "refused", "refused"]
+            assert len(os.listdir(f"/proc/{parent.pid}/fd")) < before + 20
+            process.communicate()
+
+
 # -- the daemon as a child ----------------------------------------------------------------------------------
 
 
