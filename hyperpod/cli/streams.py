@@ -178,16 +178,19 @@ async def _connection(
         error = await session.open((("streamtype", "error"), *headers))
         await error.end()
         data = await session.open((("streamtype", "data"), *headers))
-        up = asyncio.ensure_future(_up(reader, data))
+        up, whole = asyncio.ensure_future(_up(reader, data)), False
         try:
             with contextlib.suppress(Unavailable, OSError):
                 while piece := await data.read():
                     writer.write(piece)
                     await writer.drain()
+                whole = True
             with contextlib.suppress(OSError):
                 writer.write_eof()
             if text := await error.read_all():
                 print(text.decode(errors="replace"), file=sys.stderr)
+            elif whole:
+                await asyncio.wait({up})
         finally:
             up.cancel()
             await asyncio.gather(up, return_exceptions=True)

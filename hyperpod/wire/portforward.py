@@ -237,8 +237,10 @@ class SpdyForward:
         return self._connection.window(ident) if self._connection.can_send(ident) else 1 << 30
 
     def end(self, ident: int) -> None:
-        if ident in self._pairs:
+        if (pair := self._pairs.get(ident)) is not None:
             self._end(ident)
+            # An older kubectl, which does not reset its half then, closes its side only after the error stream.
+            self._end(pair.error)
 
     def fail(self, ident: int, text: str) -> None:
         if (pair := self._pairs.pop(ident, None)) is not None:

@@ -87,6 +87,19 @@ def test_connections_side_by_side(client: Client) -> None:
     assert client.connection.is_open(other)
 
 
+def test_the_ports_end_is_the_error_streams_too(client: Client) -> None:
+    """Who waits for it before the connection is closed would wait for ever; the other direction goes on."""
+    error, data = client.open("error", 80, "0"), client.open("data", 80, "0")
+    client.talk()
+    client.session.end(data)
+    client.talk()
+    assert client.over == {data: "ended", error: "ended"}
+    client.connection.send_data(data, b"more", fin=True)
+    assert client.talk() == [Forward(data, b"more"), ForwardEnded(data)]
+    client.session.fail(data, "it broke")
+    client.talk()
+
+
 def test_a_refused_port_leaves_the_others(client: Client) -> None:
     error, data = client.open("error", 80, "0"), client.open("data", 80, "0")
     assert client.talk() == [Dial(data, 80)]
