@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from hyperpod.cli.upgrade import upgraded
 from hyperpod.config import StreamingConfig
 from hyperpod.errors import HyperpodError
+from hyperpod.wire import spdy
 from hyperpod.wire.remotecommand import Wanted
 from tests.agentkit import TIMEOUT, AgentKit, agent_pid
 from tests.shimkit import WAIT, eventually, payload
@@ -36,6 +38,52 @@ async def test_exec(pod: StreamPod) -> None:
     assert (out, err, exit_code(status)) == (b"out\n", b"err\n", 7)
     command = await Command.open(pod.exec_url(container, "true"))
     assert await command.result() == (b"", b"", {"metadata": {}, "status": "Success"})
+
+
+async def test_a_client_that_heeds_windows_both_ways(pod: StreamPod) -> None:
+    """Its news of its own windows come behind its input, and must be read whatever becomes of that."""
+    container = await pod.run("sleep", "1000")
+    sock, early = await upgraded(
+        pod.exec_url(container, "cat", wanted=ALL),
+        [
+            ("Connection", "Upgrade"),
+            ("Upgrade", "SPDY/3.1"),
+            ("X-Stream-Protocol-Version", "v4.channel.k8s.io"),
+        ],
+    )
+    data = os.urandom(8_000_000)
+    client = spdy.Connection(spdy.Role.CLIENT)
+    _, stdin, stdout, _ = (
+        client.open_stream((("streamtype", n),)) for n in ("error", "stdin", "stdout", "stderr")
+    )
+    sent, got, sending = 0, bytearray(), bytearray()
+
+    def fill() -> None:
+        nonlocal sent
+        while (room := min(client.window(stdin), len(data) - sent)) and len(sending) < 1_000_000:
+            client.send_data(stdin, data[sent : sent + room])
+            sent += room
+            sending.extend(b"".join(client.data_to_send()))
+        sending.extend(b"".join(client.data_to_send()))
+
+    sock.setblocking(False)
+    async with asyncio.timeout(30):
+        while len(got) < len(data):
+            fill()
+            with contextlib.suppress(BlockingIOError):
+                del sending[: sock.send(sending)]
+            try:
+                early += sock.recv(262144)
+            except BlockingIOError:
+                await asyncio.sleep(0.001)
+            for event in client.receive_data(early):
+                if isinstance(event, spdy.DataReceived) and event.stream == stdout:
+                    got += event.data
+                    client.acknowledge(stdout, len(event.data))
+            early = b""
+    assert bytes(got) == data
+    sock.close()
+    await asyncio.sleep(0)
 
 
 async def test_exec_with_a_large_command(pod: StreamPod) -> None:
