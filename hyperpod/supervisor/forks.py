@@ -36,6 +36,8 @@ from hyperpod.wire.control import Request, decode_request, encode_error, encode_
 _M_ARENA_MAX = -8
 """mallopt(3): a malloc arena per thread would be memory per pod for nothing."""
 
+_ANSWER = 1000
+
 
 class Forks:
     """Serves until its socket ends."""
@@ -70,11 +72,11 @@ class Forks:
         if between == 0:
             self._between(request, writing)
         os.close(writing)
-        with open(reading, "rb") as told:
-            answer = told.read()
+        answer = os.read(reading, _ANSWER)  # one write; the end comes only when the child has closed its copy
+        os.close(reading)
         os.waitpid(between, 0)
         if not answer.isdigit():
-            raise Unavailable(f"no {request.op[:16]} was forked: {answer.decode(errors='replace')[:1000]}")
+            raise Unavailable(f"no {request.op[:16]} was forked: {answer.decode(errors='replace')}")
         return int(answer)
 
     def _between(self, request: Request, writing: int) -> NoReturn:
@@ -85,7 +87,7 @@ class Forks:
                 self._child(run)
             os.write(writing, b"%d" % pid)
         except (OSError, HyperpodError) as exc:
-            os.write(writing, str(exc).encode())
+            os.write(writing, str(exc).encode()[:_ANSWER])
         finally:
             os._exit(0)
 

@@ -61,9 +61,14 @@ class Nursery:
 
     def _ask(self, kind: str, fields: Mapping[str, Any], stored: Mapping[str, Item]) -> int:
         """Raises OSError when it is gone, TimeoutError, or what it answers."""
-        for name, item in stored.items():
-            packets.send(self._sock, encode_request(0, "item", {"name": name, "state": item.state}), item.fds)
-        packets.send(self._sock, encode_request(1, kind, dict(fields)))
+        # All are made before the first one is sent: it must not keep items for the next shim.
+        messages = [
+            (encode_request(0, "item", {"name": name, "state": item.state}), item.fds)
+            for name, item in stored.items()
+        ]
+        messages.append((encode_request(1, kind, dict(fields)), []))
+        for message, fds in messages:
+            packets.send(self._sock, message, fds)
         data, _ = packets.receive(self._sock)
         if not data:
             raise ConnectionResetError(0, "it hung up")
