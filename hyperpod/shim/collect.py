@@ -15,6 +15,7 @@ import struct
 from hyperpod.errors import GuestError, HyperpodError, Unavailable
 from hyperpod.logs import printable
 from hyperpod.shim.dialer import AgentDialer
+from hyperpod.shim.sessions.socket import Turns
 from hyperpod.wire.stdio import ACK_EVERY, HostReader, Open
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Collector:
         with sock:
             reader = HostReader(Open(self._container, stream, self._exec_id))
             await loop.sock_sendall(sock, reader.start())
+            turns = Turns()
             while True:
                 for frame in reader.feed(data):
                     await self._keep(self._kinds[stream], frame.payload)
@@ -85,6 +87,7 @@ class Collector:
                     await loop.sock_sendall(sock, reader.ack(reader.offset))
                 if reader.eof:
                     return
+                await turns.take()
                 data = await loop.sock_recv(sock, _CHUNK)
                 if not data:
                     raise Unavailable(f"the connection of {stream} ended before its EOF")

@@ -21,6 +21,8 @@ Handler = Callable[[Request, list[int]], Awaitable[dict[str, Any]]]
 """Answers one request. It takes the descriptors that it keeps out of the list; the rest is closed for it."""
 
 _BACKLOG = 16
+_PAUSE = 0.2
+"""Seconds without accepting, when there are no descriptors left."""
 _CONNECTIONS = 32
 _REQUESTS = 256
 """At once, over all connections; what comes beyond waits in the sockets."""
@@ -44,10 +46,16 @@ class ControlServer:
         except OSError:
             self._sock.close()
             raise
+        self._pause: asyncio.TimerHandle | None = None
+        self._watch()
+
+    def _watch(self) -> None:
         self._loop.add_reader(self._sock.fileno(), self._accept)
 
     async def close(self) -> None:
         """Stop, end all requests, remove the socket."""
+        if self._pause is not None:
+            self._pause.cancel()
         self._loop.remove_reader(self._sock.fileno())
         self._sock.close()
         await self._connections.close()
@@ -59,6 +67,8 @@ class ControlServer:
             sock, _ = self._sock.accept()
         except OSError as exc:
             log.warning("accept on %s: %s", self._path, exc)
+            self._loop.remove_reader(self._sock.fileno())
+            self._pause = self._loop.call_later(_PAUSE, self._watch)
             return
         who = packets.peer(sock)
         if who.uid not in (0, os.geteuid()) or len(self._connections) >= _CONNECTIONS:

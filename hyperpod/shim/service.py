@@ -24,7 +24,7 @@ from hyperpod.shim.fdstore import FdStore
 from hyperpod.shim.logs import LogService, inherited_logs
 from hyperpod.shim.packets import close_all
 from hyperpod.shim.sessions.command import AttachSession, ExecSession
-from hyperpod.shim.sessions.forward import ForwardSession
+from hyperpod.shim.sessions.forward import Forwarded, ForwardSession
 from hyperpod.shim.sessions.session import Session
 from hyperpod.shim.sessions.spec import from_request
 from hyperpod.shim.sessions.stdin import SharedStdins
@@ -71,6 +71,7 @@ class Shim:
         self._sessions = TaskOwner("sessions", limit=_SESSIONS)
         self._dialer = AgentDialer(options.sandbox_id)
         self._stdins = SharedStdins(self._dialer)
+        self._forwarded: set[Forwarded] = set()
         self._store = FdStore(options.supervisor, options.sandbox_id, options.directory)
         self._device_state = "none"
         self._operations: dict[str, Callable[[Request, list[int]], Awaitable[dict[str, Any]]]] = {
@@ -199,7 +200,7 @@ class Shim:
             elif fanout is not None:
                 session = AttachSession(sock, spec, self._dialer, fanout, self._stdins)
             else:
-                session = ForwardSession(sock, spec, self._dialer)
+                session = ForwardSession(sock, spec, self._dialer, self._forwarded)
         except InvalidArgument:
             sock.close()
             raise

@@ -16,7 +16,7 @@ from hyperpod.wire.upgrade import Transport
 from hyperpod.wire.websocket import MessageCodec
 
 MAX_CONNECTIONS = 512
-"""Forwarded connections of one session at once."""
+"""Forwarded connections at once, of one session and of all of a pod."""
 _MAX_TEXT = 1024
 _MAX_EARLY, _MAX_ALL_EARLY = 64 * 1024, 1024 * 1024
 """Bytes kept for connections that are not complete: of one, and of all."""

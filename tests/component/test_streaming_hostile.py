@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 from wsproto.events import BytesMessage
 
+from hyperpod.cli.streamclient import SpdyClient
 from hyperpod.cli.upgrade import upgraded
 from hyperpod.config import StreamingConfig
 from hyperpod.vsock.open import STDIO_PORT, open_agent
@@ -22,7 +23,7 @@ from hyperpod.wire.portforward import MAX_CONNECTIONS
 from hyperpod.wire.portpipe import HostPort
 from hyperpod.wire.spdy import frames
 from tests.agentkit import TIMEOUT, AgentKit, agent_pid
-from tests.component.test_portforward import echo, listening
+from tests.component.test_portforward import Forward, echo, listening
 from tests.shimkit import eventually
 from tests.streamkit import ALL, Command, StreamPod, WebSocket, stream_pod
 
@@ -109,6 +110,20 @@ async def test_connections_that_are_given_up_at_once_take_no_places(pod: StreamP
             b"".join(e.data for e in got if isinstance(e, spdy.DataReceived) and e.stream == data) == b"alive"
         )
     web.close()
+
+
+async def test_sessions_share_the_places_of_their_pod(pod: StreamPod) -> None:
+    """So that port-forwards leave the agent room for logs and execs."""
+    async with listening(echo) as port, asyncio.timeout(TIMEOUT):
+        first = Forward(await SpdyClient.connect(pod.forward_url(), "portforward.k8s.io"))
+        await asyncio.gather(*(first.connect(port) for _ in range(MAX_CONNECTIONS)))
+        second = Forward(await SpdyClient.connect(pod.forward_url(), "portforward.k8s.io"))
+        error, _ = await second.connect(port)
+        assert b"512 forwarded connections already" in await error.read_all()
+        await first.client.close()
+        await asyncio.sleep(1)
+        assert await second.roundtrip(port, b"room") == b"room"
+        await second.client.close()
 
 
 async def test_a_host_that_leaves_a_port_which_does_not_read(agent: AgentKit) -> None:

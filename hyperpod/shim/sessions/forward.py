@@ -41,12 +41,17 @@ class Forwarded:
 
 
 class ForwardSession(Session):
-    """Goes on until the client leaves, or (WebSocket) until its last port has ended."""
+    """Goes on until the client leaves, or (WebSocket) until its last port has ended.
 
-    def __init__(self, sock: socket.socket, spec: SessionSpec, dialer: AgentDialer) -> None:
+    `everybodys`: connections of all sessions of the pod. Its agent takes so many, and logs and execs need theirs.
+    """
+
+    def __init__(
+        self, sock: socket.socket, spec: SessionSpec, dialer: AgentDialer, everybodys: set[Forwarded]
+    ) -> None:
         self.protocol = port_forward(spec.transport, spec.protocol, spec.ports)
         super().__init__(sock, spec, self.protocol)
-        self._dialer = dialer
+        self._dialer, self._everybodys = dialer, everybodys
         self._connections: dict[int, Forwarded] = {}
         self._owner = TaskOwner("forward", limit=MAX_CONNECTIONS + 1)
         self._over = asyncio.Event()
@@ -87,10 +92,11 @@ class ForwardSession(Session):
                     raise ClientGone("the client said goodbye")
 
     def _dial(self, ident: int, port: int) -> None:
-        if len(self._connections) >= MAX_CONNECTIONS:
-            self.protocol.fail(ident, f"there are {MAX_CONNECTIONS} connections already")
+        if len(self._everybodys) >= MAX_CONNECTIONS:
+            self.protocol.fail(ident, f"the pod has {MAX_CONNECTIONS} forwarded connections already")
             return
         one = self._connections[ident] = Forwarded(port)
+        self._everybodys.add(one)
         one.task = self._owner.spawn(f"{port}/{ident}", self._connection(ident, one))
         # Not by the task itself: one that is cancelled before its first step never runs.
         one.task.add_done_callback(lambda _: self._ended(ident, one))
@@ -98,6 +104,7 @@ class ForwardSession(Session):
     def _ended(self, ident: int, one: Forwarded) -> None:
         one.up.discard()
         self._connections.pop(ident, None)
+        self._everybodys.discard(one)
         self.flush()
         if not self._connections and not self.protocol.half_close:
             self._over.set()
