@@ -1,10 +1,12 @@
-"""Host pods: the agent is a process of this host, in the pod's namespaces and in a cgroup below the pod's.
+"""Host pods: the agent is a process of this host, in the pod's namespaces and in a cgroup of its own.
 
     <run_dir>/h/<12 digits>/   root's: the agent's sockets, bundles and mount points, `agent` (its pid and start)
     <state_dir>/scratch/<id>/  writable layers
-    <cgroup_parent>/hyperpod-<12 digits>/{agent,pod}   agent and shim; the containers
+    <cgroup_parent>/hyperpod-<12 digits>/pod   the containers
+    /hyperpod/<12 digits>/agent                agent and shim: beside the pod's, as other runtimes' shims are, so
+                                               that no small limit of a pod ends them, slows them or pays for them
 
-An end in order and one by a crash are undone by the same steps: everybody in the cgroup is killed, and what was
+An end in order and one by a crash are undone by the same steps: everybody in the cgroups is killed, and what was
 mounted ends with the agent's mount namespace, the loop devices of the layers with their mounts.
 """
 
@@ -35,6 +37,7 @@ from hyperpod.sandbox.phases import Phases
 from hyperpod.sandbox.threads import MountThreads, mounting, process_end
 from hyperpod.share import binds
 from hyperpod.spec import mountinfo, podfiles
+from hyperpod.spec.cgroup import sandbox_folder
 from hyperpod.spec.mounts import HostBind
 from hyperpod.spec.userns import map_line
 from hyperpod.supervisor import linux
@@ -60,7 +63,7 @@ class HostBuilder(SandboxBuilder):
         self._crun = CrunVersion()
 
     def cgroup(self, sandbox: LiveSandbox) -> str:
-        return f"{self.root_cgroup(sandbox)}/agent"
+        return f"{sandbox_folder('', sandbox.id)}/agent"
 
     def scratch_path(self, sandbox: LiveSandbox) -> Path:
         return self.config.state_dir / "scratch" / sandbox.id
@@ -120,6 +123,7 @@ class HostBuilder(SandboxBuilder):
         record = sandbox.record
         options = record.config.namespaces
         own_network = options.network is not NamespaceMode.NODE
+        await self.cgroups.make(self.root_cgroup(sandbox))
         cgroup = await self.cgroups.make(self.cgroup(sandbox))
         pid, began = await self.supervisor.spawn_agent(
             directory=str(sandbox.agent_home),
@@ -209,7 +213,9 @@ class HostBuilder(SandboxBuilder):
         pid = self.agent_pid(sandbox)
         # Both at once, and waited for: then their cgroup goes at the first attempt.
         _, ended = await settle_all(self.end_shim(sandbox), _kill(pid))
-        if alive := await self.cgroups.remove(self.root_cgroup(sandbox)):
+        own = {self.root_cgroup(sandbox), sandbox_folder("", sandbox.id)}
+        left = await settle_all(*map(self.cgroups.remove, own))
+        if alive := [number for numbers in left for number in numbers]:
             raise Unavailable(
                 f"sandbox {sandbox.short}: its processes {', '.join(map(str, alive[:8]))} do not die, do they wait "
                 "for a disk or a server? Stop the pod again when that answers"

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from hyperpod.api.gen.runtime import v1 as cri
+from hyperpod.sandbox.cgroup import mounted
 from tests.daemonkit import BUSYBOX, Cri
 
 BINARY = cri.KeyValue(key="BIN", value=b"\xff\xfe\n\xe9")
@@ -275,3 +277,36 @@ async def test_a_pod_that_does_not_die_is_not_called_stopped(cri_client: Cri, po
             await asyncio.sleep(0.01)
         freezer.rmdir()
     await cri_client.remove_pod(pod)
+
+
+@contextlib.contextmanager
+def small_parent(memory: int) -> Iterator[str]:
+    """A pod's cgroup as the kubelet makes it, with a limit; nobody else may be left in it."""
+    name = f"/hptest{secrets.token_hex(4)}"
+    for hierarchy in mounted():
+        folder = Path(hierarchy.mount + name)
+        folder.mkdir()
+        if "cpuset" in hierarchy.controllers:
+            for file in ("cpuset.cpus", "cpuset.mems"):
+                (folder / file).write_text((Path(hierarchy.mount) / file).read_text())
+        for file in ("memory.limit_in_bytes", "memory.max"):
+            if (folder / file).exists():
+                (folder / file).write_text(str(memory))
+    yield name
+    for hierarchy in mounted():
+        Path(hierarchy.mount + name).rmdir()
+
+
+async def test_a_pods_limit_is_its_containers(cri_client: Cri) -> None:
+    """Agent and shim, which take more than this, are not in it: as with other runtimes."""
+    with small_parent(8 << 20) as parent:
+        pod = await cri_client.run_pod(cri_client.pod_config(cgroup_parent=parent))
+        container = await cri_client.sh(pod, "cat /proc/self/cgroup; sleep 600")
+        await until_logged(cri_client, container)
+        assert (await cri_client.exec(container, "true")).exit_code == 0
+        inside = [path for path in cri_client.daemon.cgroups() if parent in path]
+        assert any(Path(path, "pod", container).is_dir() for path in inside)
+        for line in cri_client.daemon.processes():
+            if pod[:12] in line and ("hyperpod-agent" in line or "hyperpod-shim" in line):
+                assert parent not in Path(f"/proc/{line.split()[0]}/cgroup").read_text()
+        await cri_client.remove_pod(pod)
