@@ -46,6 +46,10 @@ class Unavailable(HyperpodError):
     """Cannot be done now, a retry may work; maps to UNAVAILABLE."""
 
 
+class ConnectionLost(Unavailable):
+    """The connection broke before the answer came: whether the call had its effect is not known."""
+
+
 class NetworkError(Unavailable):
     """A pod's network cannot be made or unmade: configuration, a plugin, an address pool; maps as Unavailable."""
 

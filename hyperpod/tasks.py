@@ -122,8 +122,8 @@ def _report(loop: asyncio.AbstractEventLoop) -> str:
     return f"pid {os.getpid()}: {len(names)} tasks, {len(os.listdir('/proc/self/fd'))} descriptors: {told}"
 
 
-async def bounded(awaitable: Awaitable[T], seconds: float, what: str) -> T:
-    """Await with a deadline. Raises DeadlineExceeded that names `what`."""
+async def bounded(awaitable: Awaitable[T], seconds: float | None, what: str) -> T:
+    """Await with a deadline (None: without). Raises DeadlineExceeded that names `what`."""
     try:
         async with asyncio.timeout(seconds):
             return await awaitable

@@ -21,6 +21,7 @@ from grpclib.client import Channel
 
 from hyperpod.api.gen.hyperpod.admin.v1 import AdminStub, LoadRequest
 from hyperpod.api.gen.runtime import v1 as cri
+from tests import runs
 from tests.netkit import Network, taps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,7 @@ class Daemon:
     ) -> None:
         self.base, self.state, self.logs = base, base / "state", base / "logs"
         self.run_dir = Path(f"/run/hp-{secrets.token_hex(4)}")
+        runs.record("folder", str(self.run_dir))
         self.socket = self.run_dir / "cri.sock"
         self.log = base / "daemon.log"
         self.logs.mkdir(parents=True)
@@ -140,12 +142,7 @@ class Daemon:
 
     def cgroups(self) -> list[str]:
         """Cgroups, ours and libvirt's, of every sandbox that the log tells of."""
-        shorts = set(re.findall(r"sandbox ([0-9a-f]{12})\b", self.text()))
-        return [
-            folder
-            for folder, _, _ in os.walk("/sys/fs/cgroup")
-            if any(name in shorts for name in re.split("[-.]", Path(folder).name))
-        ]
+        return runs.pod_cgroups(self.text())
 
     def loops(self) -> list[str]:
         """Loop devices over layers of this daemon. The kernel frees them a moment after the last mount's end."""
@@ -198,6 +195,8 @@ class Daemon:
         for line in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(line.split()[0]), signal.SIGKILL)
+        for top in self.cgroups():
+            runs.end_cgroup(top)
         self.unmount_namespaces()
         self.network.destroy()
         shutil.rmtree(self.run_dir, ignore_errors=True)
@@ -312,6 +311,7 @@ def daemon(
 ) -> Iterator[Daemon]:
     """A started daemon that is wholly gone afterwards. `env`: more of its environment."""
     base = Path(tempfile.mkdtemp(prefix="hyperpod-test-"))
+    runs.record("folder", str(base))
     base.chmod(0o711)
     one = Daemon(base, config, kernel, guest, log_level)
     try:

@@ -190,5 +190,10 @@ def children(pid: int) -> int:
 
 def exec_cgroups(container: str) -> list[Path]:
     """Of execs, ended or not."""
-    found = Path("/sys/fs/cgroup").rglob(container)
-    return [path for folder in found for path in folder.glob("[0-9a-f]" * 32) if path.is_dir()]
+    return [
+        Path(top) / name
+        for top, names, _ in os.walk("/sys/fs/cgroup")  # others' may go meanwhile
+        if Path(top).name == container
+        for name in names
+        if len(name) == 32
+    ]

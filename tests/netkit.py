@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests import runs
+
 VERSION = "1.0.0"
 
 
@@ -18,6 +20,7 @@ class Network:
 
     def __init__(self, base: Path) -> None:
         self.ident = secrets.token_hex(4)
+        runs.record("network", self.ident)
         self.bridge = f"hpt{self.ident}"
         x, y = 128 + secrets.randbelow(127), secrets.randbelow(256)
         self.v4, self.v6 = f"10.{x}.{y}", f"fd00:{x}:{y}:"

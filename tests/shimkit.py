@@ -19,6 +19,7 @@ from pathlib import Path
 from hyperpod.shimclient.client import ShimClient
 from hyperpod.supervisor.client import ShimProcess, SupervisorClient
 from hyperpod.vsock.dial import HostEndpoint
+from tests import runs
 from tests.stdiopeer import StdioPeer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +88,7 @@ class SupervisorProcess:
 def supervisor(command: list[str] | None = None) -> Iterator[SupervisorProcess]:
     """A started supervisor; neither it nor any of its shims is left afterwards."""
     run_dir = Path(tempfile.mkdtemp(prefix="hp-shimtest-"))
+    runs.record("folder", str(run_dir))
     run_dir.chmod(0o711)
     (run_dir / "s").mkdir(mode=0o711)
     one = SupervisorProcess(run_dir)

@@ -132,15 +132,19 @@ class Containers:
 
         await self._operations.run(f"remove/{ident}", remove)
 
-    async def start_exec(self, container: str, ident: str, process: bytes, *, tty: bool, stdin: bool) -> int:
-        """Gives the pid. Without a container it is a shell of the operator's."""
+    async def start_exec(
+        self, container: str, ident: str, process: bytes, *, tty: bool, stdin: bool, again: bool = False
+    ) -> int:
+        """Gives the pid. Without a container it is a shell of the operator's.
+
+        `again`: who asks may have asked before and not got the answer, so a start under way is joined."""
         check_id("exec", ident, 32)
         document = parse_object("the OCI process", process)
         if not container:
             return self._operators().start(ident, document, tty=tty, stdin=stdin)
         found = self.get(container)
         name = f"exec/{container}/{ident}"
-        if self._operations.running(name):
+        if self._operations.running(name) and not again:
             raise AlreadyExists(f"exec {ident} is being started")
         return await self._operations.run(
             name, lambda: found.start_exec(ident, document, tty=tty, stdin=stdin)

@@ -137,6 +137,7 @@ class AgentService(v1.AgentBase):
             message.process_json,
             tty=message.tty,
             stdin=message.stdin,
+            again=True,
         )
         return v1.StartExecResponse(pid=pid)
 

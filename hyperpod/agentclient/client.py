@@ -28,6 +28,7 @@ from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.api.gen.hyperpod.agentstats.v1 import Page
 from hyperpod.errors import (
     AlreadyExists,
+    ConnectionLost,
     DeadlineExceeded,
     FailedPrecondition,
     GuestError,
@@ -69,7 +70,7 @@ _HEX = frozenset("0123456789abcdef")
 
 
 class AgentClient:
-    """Every coroutine raises hyperpod errors only: Unavailable when the connection is lost, DeadlineExceeded
+    """Every coroutine raises hyperpod errors only: ConnectionLost when the connection is lost, DeadlineExceeded
     at its own deadline, ProtocolError or GuestError for nonsense, else what the agent reports."""
 
     def __init__(self, endpoint: Endpoint, sandbox_id: str, token: bytes) -> None:
@@ -279,7 +280,7 @@ class AgentClient:
 
     def _stub(self) -> Any:
         if self._channel is None:
-            raise Unavailable("not connected to the agent")
+            raise ConnectionLost("not connected to the agent")
         return v1.AgentStub(self._channel)
 
     async def _call(self, method: Callable[[Any], Any], request: Any, timeout: float | None) -> Any:
@@ -298,7 +299,7 @@ def _mapped(what: str) -> Iterator[None]:
     except TimeoutError as exc:
         raise DeadlineExceeded(f"the agent did not answer {what} in time") from exc
     except (StreamTerminatedError, OSError) as exc:
-        raise Unavailable(f"the connection to the agent broke during {what}: {exc!s:.200}") from exc
+        raise ConnectionLost(f"the connection to the agent broke during {what}: {exc!s:.200}") from exc
     except (GrpcProtocolError, H2Error, AssertionError, KeyError, ValueError) as exc:
         raise GuestError(f"the agent's answer to {what} is malformed: {printable(repr(exc), 200)}") from exc
 

@@ -10,21 +10,24 @@ import socket
 import struct
 from dataclasses import replace
 
-from hyperpod.agentclient.client import AgentClient
 from hyperpod.container import process
 from hyperpod.container.manager import ContainerManager
 from hyperpod.errors import (
+    AlreadyExists,
     DeadlineExceeded,
     FailedPrecondition,
     GuestError,
     HyperpodError,
     InvalidArgument,
     ResourceExhausted,
+    Unavailable,
 )
 from hyperpod.logs import printable
 from hyperpod.model.container import ContainerState, ExecResult
+from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.sandbox.phases import Laps
 from hyperpod.spec.oci import build_process
+from hyperpod.tasks import bounded
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,10 @@ DRAIN = 2.0
 
 _HEADER = struct.Struct("!BI")
 _STDOUT, _STDERR, _END, _TRUNCATED = 1, 2, 3, 5
+
+
+COLLECTORS = 3
+"""Shims that are asked for one command's output, each after the death of the one before."""
 
 
 class ExecRunner:
@@ -54,84 +61,117 @@ class ExecRunner:
         sandbox = self._containers.sandboxes.live(container.sandbox_id)
         laps = Laps()
         sandbox.calls["ExecSync"] = laps.seconds
-        agent = await sandbox.session.client()
         spec = build_process(replace(process.spec_input(container.record), args=argv, tty=False))
-        exec_id = secrets.token_hex(16)
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
+        one = _Exec(sandbox, container.id, secrets.token_hex(16))
         collector: asyncio.Task[tuple[bytes, bytes]] | None = None
         try:
-            with theirs:
-                try:
-                    await agent.start_exec(container.id, exec_id, process_json=spec, tty=False, stdin=False)
-                except HyperpodError as exc:
-                    raise process.start_failure(argv, exc) from exc
-                laps("agent and crun")
-                await sandbox.need_shim().collect(
-                    container.id, exec_id, tty=False, limit=LIMIT, fd=theirs.fileno()
-                )
-            collector = self._containers.owner.spawn(f"collect/{exec_id}", _read(ours))
-            code = await self._wait(
-                agent, container.id, exec_id, timeout=timeout, argv=argv, collector=collector
-            )
+            try:
+                await one.start(spec)
+            except HyperpodError as exc:
+                raise process.start_failure(argv, exc) from exc
+            laps("agent and crun")
+            collector = self._containers.owner.spawn(f"collect/{one.id}", one.output())
+            code = await self._wait(one, timeout=timeout, argv=argv, collector=collector)
             laps("its run")
-            stdout, stderr = await self._drain(agent, container.id, exec_id, collector)
+            stdout, stderr = await self._drain(one, collector)
             laps("output")
             return ExecResult(stdout=stdout, stderr=stderr, exit_code=code)
         finally:
             if collector is not None:
                 collector.cancel()
                 await asyncio.gather(collector, return_exceptions=True)
-            ours.close()
             # The answer need not wait for it.
-            self._containers.owner.spawn(f"remove/{exec_id}", _remove(agent, container.id, exec_id))
+            self._containers.owner.spawn(f"remove/{one.id}", one.remove())
 
     @staticmethod
     async def _wait(
-        agent: AgentClient,
-        container: str,
-        exec_id: str,
+        one: _Exec,
         *,
         timeout: int,
         argv: tuple[str, ...],
         collector: asyncio.Task[tuple[bytes, bytes]],
     ) -> int:
         """The exit code. A command whose output cannot be given back is killed at once: it might never end."""
-        end = asyncio.ensure_future(agent.wait_exec(container, exec_id, timeout=timeout or None))
+        end = asyncio.ensure_future(one.wait(timeout))
         try:
             await asyncio.wait({end, collector}, return_when=asyncio.FIRST_COMPLETED)
             if not end.done() and collector.exception() is not None:
-                await agent.kill_exec(container, exec_id)
+                await one.kill()
                 collector.result()
             return await end
         except DeadlineExceeded as exc:
-            await agent.kill_exec(container, exec_id)
+            await one.kill()
             raise DeadlineExceeded(f"{argv[0][:100]!r} ran longer than {timeout} s and was killed") from exc
         finally:
             end.cancel()
             await asyncio.gather(end, return_exceptions=True)
 
     @staticmethod
-    async def _drain(
-        agent: AgentClient, container: str, exec_id: str, collector: asyncio.Task[tuple[bytes, bytes]]
-    ) -> tuple[bytes, bytes]:
+    async def _drain(one: _Exec, collector: asyncio.Task[tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
         """The process has ended; what it left behind may hold the pipes for DRAIN seconds, no longer."""
         _, pending = await asyncio.wait({collector}, timeout=DRAIN)
         if pending:
-            await agent.kill_exec(container, exec_id)
+            await one.kill()
             _, pending = await asyncio.wait({collector}, timeout=DRAIN)
         if pending:
             raise GuestError("the output of the command did not end")
         return collector.result()
 
 
-async def _remove(agent: AgentClient, container: str, exec_id: str) -> None:
-    with contextlib.suppress(HyperpodError):
-        await agent.remove_exec(container, exec_id)
+class _Exec:
+    """One process by its id, whatever becomes of the connections to agent and shim meanwhile.
+
+    Each call has its effect once however often it is made: an id starts one process at most, and its exit and its
+    output stay there until it is removed."""
+
+    def __init__(self, sandbox: LiveSandbox, container: str, ident: str) -> None:
+        self._sandbox, self._container, self.id = sandbox, container, ident
+
+    async def start(self, spec: bytes) -> None:
+        with contextlib.suppress(AlreadyExists):  # by a call whose answer was lost: nobody else knows the id
+            await self._sandbox.session.repeatable(
+                lambda agent: agent.start_exec(
+                    self._container, self.id, process_json=spec, tty=False, stdin=False
+                )
+            )
+
+    async def wait(self, timeout: int) -> int:
+        """The exit code. Raises DeadlineExceeded after `timeout` seconds, 0: no limit."""
+        return await bounded(
+            self._sandbox.session.repeatable(lambda agent: agent.wait_exec(self._container, self.id)),
+            timeout or None,
+            "the command",
+        )
+
+    async def kill(self) -> None:
+        await self._sandbox.session.repeatable(lambda agent: agent.kill_exec(self._container, self.id))
+
+    async def remove(self) -> None:
+        with contextlib.suppress(HyperpodError):
+            await self._sandbox.session.repeatable(lambda agent: agent.remove_exec(self._container, self.id))
+
+    async def output(self) -> tuple[bytes, bytes]:
+        """stdout and stderr. A shim that dies before it has handed on a byte loses none: the next one is asked."""
+        for _ in range(COLLECTORS):
+            ours, theirs = socket.socketpair()
+            ours.setblocking(False)
+            with ours:
+                shim = await self._sandbox.living_shim()
+                with theirs, contextlib.suppress(Unavailable):
+                    await shim.collect(self._container, self.id, tty=False, limit=LIMIT, fd=theirs.fileno())
+                with contextlib.suppress(_NothingYet):
+                    return await _read(ours)
+        raise GuestError("the shim went away again and again while it collected the output")
+
+
+class _NothingYet(Exception):
+    """The shim went away and had not handed on a byte."""
 
 
 async def _read(sock: socket.socket) -> tuple[bytes, bytes]:
-    """Read the shim's records to their end. Raises GuestError for failed, ResourceExhausted for too much."""
+    """Read the shim's records to their end.
+
+    Raises GuestError for failed, ResourceExhausted for too much, _NothingYet."""
     reader, writer = await asyncio.open_connection(sock=sock)
     parts: dict[int, list[bytes]] = {_STDOUT: [], _STDERR: []}
     try:
@@ -147,6 +187,8 @@ async def _read(sock: socket.socket) -> tuple[bytes, bytes]:
             else:
                 raise GuestError(f"the output was lost: {printable(data, 500)}")
     except asyncio.IncompleteReadError as exc:
+        if not any(parts.values()) and not exc.partial:
+            raise _NothingYet from exc
         raise GuestError("the shim went away while it collected the output") from exc
     finally:
         writer.close()

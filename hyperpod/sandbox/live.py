@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hyperpod.agentclient.types import ContainerInfo
-from hyperpod.errors import FailedPrecondition
+from hyperpod.errors import FailedPrecondition, Unavailable
 from hyperpod.model.sandbox import Kind, Sandbox, SandboxPhase, SandboxRecord, SandboxStatus
 from hyperpod.sandbox.disks import Layers
 from hyperpod.sandbox.session import AgentSession
@@ -31,7 +31,8 @@ class LiveSandbox:
         """Held while the file server is started, or its device attached."""
         self.files_started = asyncio.Event()
         self.session = AgentSession(record.id, self.endpoint, record.token)
-        self.shim: ShimClient | None = None
+        self._shim: ShimClient | None = None
+        self._new_shim = asyncio.Event()
         self.gone = asyncio.Event()
         self.gone_detail = ""
         self.host_oom = False
@@ -74,6 +75,27 @@ class LiveSandbox:
         """Raises FailedPrecondition unless the sandbox is ready."""
         if not self.ready:
             raise FailedPrecondition(f"sandbox {self.short} is {self.status.phase.value}, not ready")
+
+    @property
+    def shim(self) -> ShimClient | None:
+        return self._shim
+
+    @shim.setter
+    def shim(self, shim: ShimClient | None) -> None:
+        self._shim = shim
+        if shim is not None:
+            self._new_shim.set()
+
+    async def living_shim(self, timeout: float = 5.0) -> ShimClient:
+        """Its connection, also while it is being replaced. Raises Unavailable after `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                while (shim := self._shim) is None or shim.closed.is_set():
+                    self._new_shim.clear()
+                    await self._new_shim.wait()
+                return shim
+        except TimeoutError as exc:
+            raise Unavailable(f"sandbox {self.short}: its shim has died, and no new one came") from exc
 
     def need_shim(self) -> ShimClient:
         """The shim's control connection. Raises FailedPrecondition when it is being replaced."""

@@ -6,10 +6,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from hyperpod.agentclient.client import AgentClient
 from hyperpod.agentclient.types import ContainerInfo
-from hyperpod.errors import DeadlineExceeded, FailedPrecondition, HyperpodError, Unavailable
+from hyperpod.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    FailedPrecondition,
+    HyperpodError,
+    Unavailable,
+)
 from hyperpod.vsock.dial import Endpoint
 
 log = logging.getLogger(__name__)
@@ -25,6 +32,12 @@ STEADY = 10.0
 """Seconds that a connection lasts until the next interruption counts as the first one again."""
 
 
+REPEATS = 3
+"""Lost connections that a repeatable call bears."""
+
+T = TypeVar("T")
+
+
 class AgentSession:
     """Owns the AgentClient. `client()` waits, bounded, while a connection is being made."""
 
@@ -32,6 +45,7 @@ class AgentSession:
         self.sandbox_id, self.endpoint, self._token = sandbox_id, endpoint, token
         self._client: AgentClient | None = None
         self._ready = asyncio.Event()
+        self._broken = asyncio.Event()
         self._seq = 0
 
     async def connect(self, deadline: float, *, claim: bool) -> AgentClient:
@@ -48,19 +62,37 @@ class AgentSession:
                 delay = min(delay * 1.5, RETRY_BOOT if claim else RETRY_MAX)
                 continue
             self._client = client
+            self._broken.clear()
             self._ready.set()
             return client
         raise DeadlineExceeded(f"the agent could not be reached: {last}")
 
-    async def client(self, timeout: float = 5.0) -> AgentClient:
-        """The connected client. Raises Unavailable when there is none within `timeout` seconds."""
+    async def client(self, timeout: float = 5.0, *, instead_of: AgentClient | None = None) -> AgentClient:
+        """The connected client. Raises Unavailable when there is none within `timeout` seconds.
+
+        `instead_of`: whose connection the caller has just seen break, which `follow` may not have noticed yet."""
         try:
             async with asyncio.timeout(timeout):
                 await self._ready.wait()
+                while self._client is instead_of:
+                    await self._broken.wait()
+                    await self._ready.wait()
         except TimeoutError as exc:
             raise Unavailable(f"sandbox {self.sandbox_id[:12]}: its agent does not answer") from exc
         assert self._client is not None
         return self._client
+
+    async def repeatable(self, call: Callable[[AgentClient], Awaitable[T]]) -> T:
+        """Make a call, and make it anew when the connection is lost during it: for one that has its effect once
+        however often it is made. Raises what it raises, Unavailable when the agent does not come back."""
+        client = await self.client()
+        for _ in range(REPEATS):
+            try:
+                return await call(client)
+            except ConnectionLost as exc:
+                log.info("sandbox %s: %s; once more", self.sandbox_id[:12], exc)
+                client = await self.client(instead_of=client)
+        return await call(client)
 
     async def follow(
         self,
@@ -81,7 +113,7 @@ class AgentSession:
                 missed = True
             except HyperpodError as exc:
                 log.info("sandbox %s: agent connection lost: %s", self.sandbox_id[:12], exc)
-            self._ready.clear()
+            self._gone()
             await client.close()
             if loop.time() - began > STEADY:
                 delay = RETRY_MIN
@@ -102,8 +134,12 @@ class AgentSession:
                     log.warning("sandbox %s: %s", self.sandbox_id[:12], exc)
                     await self.close()
 
-    async def close(self) -> None:
+    def _gone(self) -> None:
         self._ready.clear()
+        self._broken.set()
+
+    async def close(self) -> None:
+        self._gone()
         if self._client is not None:
             await self._client.close()
             self._client = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ctypes
 import logging
 import os
 import socket
@@ -41,6 +42,8 @@ _WRITERS = 8
 _CONSOLE_TAIL = 8 * 1024
 _COLLECTORS = 256
 _MAX_LIMIT = 1 << 40
+_IDLE = 1.0
+"""Seconds without a session until memory is given back."""
 _SESSIONS = 256
 """Streaming sessions at once: each holds up to five sockets, and at most 2 MiB in either direction."""
 
@@ -74,6 +77,8 @@ class Shim:
         self._forwarded: set[Forwarded] = set()
         self._store = FdStore(options.supervisor, options.sandbox_id, options.directory)
         self._device_state = "none"
+        self._trimming = False
+        self._malloc_trim = ctypes.CDLL(None).malloc_trim
         self._operations: dict[str, Callable[[Request, list[int]], Awaitable[dict[str, Any]]]] = {
             "hello": self._hello,
             "agent": self._agent,
@@ -204,8 +209,20 @@ class Shim:
         except InvalidArgument:
             sock.close()
             raise
-        self._sessions.spawn(f"{spec.kind}/{(spec.exec_id or spec.container)[:12]}", session.run())
+        task = self._sessions.spawn(f"{spec.kind}/{(spec.exec_id or spec.container)[:12]}", session.run())
+        task.add_done_callback(lambda _: self._idle_soon())
         return {}
+
+    def _idle_soon(self) -> None:
+        if not len(self._sessions) and not self._trimming:
+            self._trimming = True
+            asyncio.get_running_loop().call_later(_IDLE, self._trim)
+
+    def _trim(self) -> None:
+        """Sessions have left the heap full of holes, of some times what an idle shim has: give them back."""
+        self._trimming = False
+        if not len(self._sessions):
+            self._malloc_trim(0)
 
     async def _console_tail(self, request: Request, fds: list[int]) -> dict[str, Any]:
         return {"tail": base64.b64encode(self._console.tail(_CONSOLE_TAIL)).decode()}

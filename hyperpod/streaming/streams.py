@@ -113,13 +113,13 @@ class Streams:
         if target.kind == "portforward":
             sandbox = self._sandboxes.live(target.ident)
             sandbox.need_ready()
-            await sandbox.need_shim().session(spec, sock.fileno())
+            await (await sandbox.living_shim()).session(spec, sock.fileno())
             return
         if target.kind == "shell":
             await self._hand_over_shell(target, spec, sock)
             return
         container = self._running(target.ident)
-        shim = self._containers.sandboxes.live(container.sandbox_id).need_shim()
+        shim = await self._containers.sandboxes.live(container.sandbox_id).living_shim()
         record = container.record
         spec = replace(spec, container=container.id)
         if target.kind == "attach":
@@ -143,7 +143,7 @@ class Streams:
     async def _hand_over_shell(self, target: Target, spec: SessionSpec, sock: socket.socket) -> None:
         sandbox, exec_id = self._sandboxes.live(target.ident), secrets.token_hex(16)
         sandbox.need_ready()
-        shim, agent = sandbox.need_shim(), await sandbox.session.client()
+        shim, agent = await sandbox.living_shim(), await sandbox.session.client()
         log.warning(
             "sandbox %s (%s): operator's shell %s for %s",
             sandbox.short,

@@ -23,6 +23,7 @@ from hyperpod.cri.runtime_service import RuntimeService
 from hyperpod.errors import InvalidArgument
 from hyperpod.sandbox.cgroup import SandboxCgroups, mounted, qemu_pid
 from hyperpod.spec.cgroup import Hierarchy, sandbox_folder
+from tests import runs
 
 MOUNTED = mounted()
 USED = [h for h in MOUNTED if "devices" not in h.controllers]
@@ -38,6 +39,7 @@ def new_id() -> str:
 def parent() -> Iterator[str]:
     """A pod's cgroup, as the kubelet makes it."""
     name = f"/hyperpod-test-{secrets.token_hex(4)}"
+    runs.record("cgroup", name.lstrip("/"))
     for hierarchy in MOUNTED:
         Path(hierarchy.mount + name).mkdir()
     yield name
@@ -113,6 +115,7 @@ async def test_without_a_parent_nothing_is_left_when_the_last_one_goes() -> None
 async def test_a_slice_is_found_where_systemd_keeps_it() -> None:
     cgroups = SandboxCgroups()
     name = f"hptest{secrets.token_hex(4)}"
+    runs.record("cgroup", f"{name}.slice")
     path = sandbox_folder(f"{name}-pod1.slice", new_id())
     try:
         assert f"{USED[0].mount}/{name}.slice/{name}-pod1.slice" in (await cgroups.make(path))[0]

@@ -20,6 +20,7 @@ from hyperpod.share import binds, virtiofsd
 from hyperpod.share.virtiofsd import FileServer, Program
 from hyperpod.spec import mountinfo
 from hyperpod.spec.mounts import HostBind
+from tests import runs
 
 SHORT = "0123456789ab"
 QEMU = ["qemu-system-x86_64", "-S", "-nodefaults", "-display", "none", "-m", "64"]
@@ -221,6 +222,7 @@ def test_another_process_with_its_number_is_left_alone(server: FileServer) -> No
 def test_it_joins_cgroups_and_speaks_before_it_dies(server: FileServer) -> None:
     group = Path("/sys/fs/cgroup/pids") if Path("/sys/fs/cgroup/pids").is_dir() else Path("/sys/fs/cgroup")
     group /= f"hyperpod-test-{os.getpid()}"
+    runs.record("cgroup", group.name)
     group.mkdir()
     try:
         pid = server.start(which(), 0, 0, [str(group)])

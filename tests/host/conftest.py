@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hyperpod.api.gen.runtime import v1 as cri
 from images import envexec
 from tests.daemonkit import Cri, Daemon, daemon
+from tests.recoverykit import leaving_nothing
 
 ALLOWED = 'host_pods = ["test"]\n---'
 
@@ -30,17 +30,8 @@ def host_daemon() -> Iterator[Daemon]:
 @pytest.fixture
 async def cri_client(host_daemon: Daemon) -> AsyncIterator[Cri]:
     """A client of the shared daemon. The leak check runs after the test, pods it left are a failure."""
-    async with host_daemon.client() as client:
-        client.handler = "host"
-        await client.load_busybox()
-        try:
-            yield client
-        finally:
-            pods = (await client.runtime.list_pod_sandbox(cri.ListPodSandboxRequest())).items
-            for item in pods:
-                await client.remove_pod(item.id)
-        left = host_daemon.leftovers()
-        assert left == [], f"left behind: {left}"
+    async with leaving_nothing(host_daemon, "host") as client:
+        yield client
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from grpclib.exceptions import GRPCError, StreamTerminatedError
+from grpclib.exceptions import GRPCError
 
 from hyperpod import failpoints
 from hyperpod.api.gen.runtime import v1 as cri
@@ -19,6 +19,7 @@ from tests import usernskit
 from tests.daemonkit import Cri, Daemon
 from tests.host.conftest import ALLOWED, host_daemon_of
 from tests.host.test_lifecycle import HOLD
+from tests.recoverykit import client_of, killed_at_every_step, life
 
 COUNTER = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done"
 
@@ -27,13 +28,6 @@ COUNTER = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done"
 def own_daemon() -> Iterator[Daemon]:
     with host_daemon_of(ALLOWED) as one:
         yield one
-
-
-@contextlib.asynccontextmanager
-async def client_of(daemon: Daemon) -> AsyncIterator[Cri]:
-    async with daemon.client() as client:
-        client.handler = "host"
-        yield client
 
 
 async def numbers(client: Cri, container: str) -> list[int]:
@@ -61,12 +55,12 @@ def process_of(daemon: Daemon, word: str, pod: str) -> int:
 
 
 async def test_pods_survive_daemon_shim_and_supervisor(own_daemon: Daemon) -> None:
-    async with client_of(own_daemon) as client:
+    async with client_of(own_daemon, "host") as client:
         await client.load_busybox()
         pod = await client.run_pod()
         container = await client.sh(pod, COUNTER)
     own_daemon.kill_daemon()
-    async with client_of(own_daemon) as client:
+    async with client_of(own_daemon, "host") as client:
         await goes_on(client, container)
         os.kill(process_of(own_daemon, "hyperpod-shim", pod), signal.SIGKILL)
         await goes_on(client, container)
@@ -76,10 +70,34 @@ async def test_pods_survive_daemon_shim_and_supervisor(own_daemon: Daemon) -> No
         while Path(f"/proc/{daemon_pid}").exists():
             await asyncio.sleep(0.05)
     own_daemon.start()
-    async with client_of(own_daemon) as client:
+    async with client_of(own_daemon, "host") as client:
         await goes_on(client, container)
         extra = await client.sh(pod, "echo new; sleep 600")
         assert (await client.exec(extra, "true")).exit_code == 0
+        await client.remove_pod(pod)
+    assert own_daemon.leftovers() == []
+
+
+async def test_execs_beside_the_death_of_a_shim(own_daemon: Daemon) -> None:
+    """Each runs once, and none of them fails: the next shim collects what the dead one has not handed on."""
+    async with client_of(own_daemon, "host") as client:
+        await client.load_busybox()
+        pod = await client.run_pod()
+        container = await client.sh(pod, "sleep 600")
+
+        async def run(number: int) -> None:
+            script = f"echo {number} >>/ran; sleep 0.{number % 10}; echo {number}"
+            reply = await client.exec(container, "sh", "-c", script)
+            assert (reply.exit_code, reply.stdout) == (0, b"%d\n" % number)
+
+        for first in (0, 20):
+            shim = process_of(own_daemon, "hyperpod-shim", pod)
+            running = asyncio.gather(*(run(first + number) for number in range(20)))
+            await asyncio.sleep(0.3)
+            os.kill(shim, signal.SIGKILL)
+            await running
+        ran = (await client.exec(container, "sort", "-n", "/ran")).stdout.split()
+        assert ran == [b"%d" % number for number in range(40)]
         await client.remove_pod(pod)
     assert own_daemon.leftovers() == []
 
@@ -96,7 +114,7 @@ async def not_ready(client: Cri, pod: str) -> None:
 
 @pytest.mark.parametrize("daemon_away", [False, True])
 async def test_the_death_of_an_agent_ends_its_pod(own_daemon: Daemon, daemon_away: bool) -> None:
-    async with client_of(own_daemon) as client:
+    async with client_of(own_daemon, "host") as client:
         await client.load_busybox()
         pod = await client.run_pod()
         container = await client.sh(pod, f"sleep 4444 & {COUNTER}")
@@ -108,7 +126,7 @@ async def test_the_death_of_an_agent_ends_its_pod(own_daemon: Daemon, daemon_awa
     os.kill(agent, signal.SIGKILL)
     if daemon_away:
         own_daemon.start()
-    async with client_of(own_daemon) as client:
+    async with client_of(own_daemon, "host") as client:
         await not_ready(client, pod)
         status = await client.wait(container)
         assert (status.exit_code, status.reason) == (255, "Unknown")
@@ -121,7 +139,7 @@ async def test_the_death_of_an_agent_ends_its_pod(own_daemon: Daemon, daemon_awa
 
 async def test_an_exit_that_takes_its_time_stops_no_pod(own_daemon: Daemon) -> None:
     """A container ended while the daemon was away, and another holds what its log is read from."""
-    async with client_of(own_daemon) as client:
+    async with client_of(own_daemon, "host") as client:
         await client.load_busybox()
         pod = await client.run_pod()
         ending = await client.sh(pod, "echo up; while [ ! -e /dev/shm/end ]; do sleep 0.1; done; exit 3")
@@ -132,7 +150,7 @@ async def test_an_exit_that_takes_its_time_stops_no_pod(own_daemon: Daemon) -> N
     own_daemon.stop()
     await asyncio.sleep(5)
     own_daemon.start()
-    async with client_of(own_daemon) as client:
+    async with client_of(own_daemon, "host") as client:
         await goes_on(client, holder)
         status = await client.wait(ending)
         assert (status.exit_code, status.reason) == (3, "Error")
@@ -156,7 +174,7 @@ async def test_crun_killed_leaves_a_failed_start(own_daemon: Daemon, tmp_path: P
     assert real == "/usr/bin/crun"
     own_daemon.stop()
     own_daemon.start(PATH=f"{tmp_path}:{os.environ['PATH']}")
-    async with client_of(own_daemon) as client:
+    async with client_of(own_daemon, "host") as client:
         await client.load_busybox()
         pod = await client.run_pod()
         container = await client.create(pod, "sleep", "600")
@@ -169,7 +187,7 @@ async def test_crun_killed_leaves_a_failed_start(own_daemon: Daemon, tmp_path: P
 
 
 async def test_a_host_reboot(own_daemon: Daemon) -> None:
-    async with client_of(own_daemon) as client:
+    async with client_of(own_daemon, "host") as client:
         await client.load_busybox()
         pod = await client.run_pod()
         container = await client.sh(pod, "sleep 600")
@@ -182,7 +200,7 @@ async def test_a_host_reboot(own_daemon: Daemon) -> None:
     own_daemon.unmount_namespaces()
     shutil.rmtree(own_daemon.run_dir)
     own_daemon.start()
-    async with client_of(own_daemon) as client:
+    async with client_of(own_daemon, "host") as client:
         status = await client.status(container)
         assert status.state == cri.ContainerState.CONTAINER_EXITED
         assert "reboot" in status.message
@@ -190,61 +208,15 @@ async def test_a_host_reboot(own_daemon: Daemon) -> None:
     assert own_daemon.leftovers() == []
 
 
-async def life(client: Cri, *, userns: bool = False) -> None:
-    """A pod's whole life, meeting every failpoint."""
-    pod = await usernskit.run_pod(client) if userns else await client.run_pod()
-    logs = client.daemon.logs
-    mount = usernskit.volume(logs) if userns else cri.Mount(container_path="/logs", host_path=str(logs))
-    container = await client.create(pod, "/bin/sh", "-c", "echo up; sleep 0.2", mounts=[mount])
-    await client.runtime.update_container_resources(
-        cri.UpdateContainerResourcesRequest(
-            container_id=container, linux=cri.LinuxContainerResources(cpu_shares=512)
-        )
-    )
-    await client.start(container)
-    await client.wait(container)
-    await client.runtime.remove_container(cri.RemoveContainerRequest(container_id=container))
-    await client.remove_pod(pod)
-
-
-async def killed_at(own_daemon: Daemon, name: str, *, userns: bool = False) -> None:
-    """The daemon dies at a failpoint; the next one leaves nothing of what it was about."""
-    own_daemon.stop()
-    own_daemon.start(HYPERPOD_FAILPOINT=name)
-    ready = own_daemon.text().count("ready on unix://")
-
-    async def begin() -> None:
-        async with client_of(own_daemon) as client:
-            await life(client, userns=userns)
-
-    known = (GRPCError, StreamTerminatedError, ConnectionError, AssertionError, asyncio.CancelledError)
-    for _ in range(5):
-        # In a task of its own: grpclib's client may cancel its caller a moment after the connection has gone.
-        [outcome] = await asyncio.gather(asyncio.create_task(begin()), return_exceptions=True)
-        assert outcome is None or isinstance(outcome, known), outcome
-        # Debian's bridge plugin fails now and then when another pod's veth has just left its bridge; a kubelet
-        # would try again, too.
-        if not (isinstance(outcome, GRPCError) and "CNI plugin" in str(outcome.message)):
-            break
-    async with asyncio.timeout(20):
-        while own_daemon.text().count("ready on unix://") <= ready:
-            await asyncio.sleep(0.05)
-    async with client_of(own_daemon) as client:
-        for item in (await client.runtime.list_pod_sandbox(cri.ListPodSandboxRequest())).items:
-            await client.remove_pod(item.id)
-        assert (await client.runtime.list_containers(cri.ListContainersRequest())).containers == []
-    assert own_daemon.leftovers() == [], name
-
-
 async def test_the_daemon_killed_at_every_step(own_daemon: Daemon) -> None:
-    async with client_of(own_daemon) as client:
-        await client.load_busybox()
-    for name in (name for name in failpoints.NAMES if name not in failpoints.OF_VMS):
-        await killed_at(own_daemon, name)
+    names = (name for name in failpoints.NAMES if name not in failpoints.OF_VMS)
+    await killed_at_every_step(own_daemon, names, "host")
+
+
+async def userns_life(client: Cri) -> None:
+    await life(client, await usernskit.run_pod(client), usernskit.volume(client.daemon.logs))
 
 
 async def test_the_daemon_killed_while_it_makes_a_user_namespace(own_daemon: Daemon) -> None:
-    async with client_of(own_daemon) as client:
-        await client.load_busybox()
-    for name in ("sandbox.netns", "sandbox.agent-started", "container.mounted"):
-        await killed_at(own_daemon, name, userns=True)
+    names = ("sandbox.netns", "sandbox.agent-started", "container.mounted")
+    await killed_at_every_step(own_daemon, names, "host", userns_life)

@@ -29,9 +29,11 @@ ROUND = 1000
 QUIET = 15.0
 """Seconds for what a vanished client has left to end: SIGKILL comes 10 s after SIGHUP."""
 GROWTH_MIB = 24.0
-"""Of a process's private memory between the first quiet moment and any later one."""
-AWAY = (GRPCError, StreamTerminatedError, OSError)
-"""What a call may raise while the daemon is killed or starts."""
+"""Of a process's private memory between the first quiet moment and any later one: a heap with holes, not a leak, is
+some 16 MiB larger after a thousand sessions, and stays so."""
+AWAY = (GRPCError, StreamTerminatedError, OSError, AttributeError)
+"""What a call may raise while the daemon is killed or starts. The last is grpclib's, of a connection that is lost
+between its making and its first request."""
 COUNTER = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.2; done"
 
 

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import Cri, Daemon, daemon
+from tests.recoverykit import leaving_nothing
 
 
 @pytest.fixture(scope="session")
@@ -19,16 +19,8 @@ def shared_daemon() -> Iterator[Daemon]:
 @pytest.fixture
 async def cri_client(shared_daemon: Daemon) -> AsyncIterator[Cri]:
     """A client of the shared daemon. The leak check runs after the test, pods it left are a failure."""
-    async with shared_daemon.client() as client:
-        await client.load_busybox()
-        try:
-            yield client
-        finally:
-            pods = (await client.runtime.list_pod_sandbox(cri.ListPodSandboxRequest())).items
-            for item in pods:
-                await client.remove_pod(item.id)
-        left = shared_daemon.leftovers()
-        assert left == [], f"left behind: {left}"
+    async with leaving_nothing(shared_daemon) as client:
+        yield client
 
 
 @pytest.fixture

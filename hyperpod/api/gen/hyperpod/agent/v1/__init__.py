@@ -943,6 +943,7 @@ class AgentStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "StartExecResponse":
         """
+        An exec_id starts one process at most: asked for again it joins a start under way, and is ALREADY_EXISTS after it.
         Without a container_id it starts a shell for the operator in the agent's own root and namespaces, of whose
         process_json only `env` counts: it lives as long as its `process` stream, which must be opened within 10 s.
         """
@@ -1171,6 +1172,7 @@ class AgentBase(betterproto2_grpclib.ServiceBase):
 
     async def start_exec(self, message: "StartExecRequest") -> "StartExecResponse":
         """
+        An exec_id starts one process at most: asked for again it joins a start under way, and is ALREADY_EXISTS after it.
         Without a container_id it starts a shell for the operator in the agent's own root and namespaces, of whose
         process_json only `env` counts: it lives as long as its `process` stream, which must be opened within 10 s.
         """
