@@ -23,6 +23,7 @@ from typing import Any
 from hyperpod import __version__, logs
 from hyperpod.config import Config
 from hyperpod.container.execsync import ExecRunner
+from hyperpod.container.known import KnownContainers
 from hyperpod.container.manager import ContainerManager
 from hyperpod.container.seccomp import SeccompProfiles
 from hyperpod.container.stats import StatsCollector
@@ -127,30 +128,26 @@ async def running(config: Config) -> AsyncIterator[RpcServer]:
         common = Common(config, supervisor, networks, SandboxCgroups())
         vms = VmBuilder(common, hypervisor, ScratchDisks(config.state_dir), instance_id=ident)
         sandboxes = SandboxManager(config, records, vms, HostBuilder(common), owner, boot_id=boot_id)
-        containers = ContainerManager(
-            RecordStore(config.state_dir, "containers", ContainerRecord, ContainerStatus),
-            sandboxes,
-            images,
-            SeccompProfiles(config.container),
-            owner,
-        )
-        sandboxes.listen(containers)
+        container_records = RecordStore(config.state_dir, "containers", ContainerRecord, ContainerStatus)
+        known = KnownContainers(container_records, sandboxes, images)
+        containers = ContainerManager(known, SeccompProfiles(config.container), owner)
+        sandboxes.listen(containers.lives)
         stack.push_async_callback(owner.close)
         stack.push_async_callback(sandboxes.detach)
-        streams = Streams(config, sandboxes, containers)
+        streams = Streams(config, sandboxes, known)
         await streams.listen()
         stack.push_async_callback(streams.close)
-        await Recovery(sandboxes, containers, supervisor).run()
+        await Recovery(sandboxes, known, supervisor).run()
         await images.collect()
         collector = StatsCollector(owner, lambda sandbox: sandboxes.builder(sandbox).scratch_bytes(sandbox))
         ports = Ports(
             sandboxes=sandboxes,
             containers=containers,
-            execs=ExecRunner(containers),
+            execs=ExecRunner(known, owner),
             streams=streams,
             images=images,
             networks=networks,
-            stats=StatsReader(sandboxes, containers, collector, config.state_dir),
+            stats=StatsReader(sandboxes, known, collector, config.state_dir),
             userns=sandboxes.userns,
         )
         server = RpcServer(

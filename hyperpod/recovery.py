@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from hyperpod.agent.rootfs import remove_tree
-from hyperpod.container.manager import ContainerManager
+from hyperpod.container.known import KnownContainers
 from hyperpod.errors import HyperpodError
 from hyperpod.model.sandbox import Kind
 from hyperpod.sandbox.host import remove_home
@@ -33,7 +33,7 @@ class Recovery:
     """Runs once, before the CRI socket listens."""
 
     def __init__(
-        self, sandboxes: SandboxManager, containers: ContainerManager, supervisor: SupervisorClient
+        self, sandboxes: SandboxManager, containers: KnownContainers, supervisor: SupervisorClient
     ) -> None:
         self.sandboxes, self.containers, self.supervisor = sandboxes, containers, supervisor
         self._strays: set[str] = set()

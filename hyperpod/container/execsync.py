@@ -11,7 +11,7 @@ import struct
 from dataclasses import replace
 
 from hyperpod.container import process
-from hyperpod.container.manager import ContainerManager
+from hyperpod.container.known import KnownContainers
 from hyperpod.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -27,7 +27,7 @@ from hyperpod.model.container import ContainerState, ExecResult
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.sandbox.phases import Laps
 from hyperpod.spec.oci import build_process
-from hyperpod.tasks import bounded
+from hyperpod.tasks import TaskOwner, bounded
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +46,10 @@ COLLECTORS = 3
 
 
 class ExecRunner:
-    """Runs ExecSync on the containers of one manager."""
+    """Runs ExecSync on the containers of this daemon."""
 
-    def __init__(self, containers: ContainerManager) -> None:
-        self._containers = containers
+    def __init__(self, containers: KnownContainers, owner: TaskOwner) -> None:
+        self._containers, self._owner = containers, owner
 
     async def exec_sync(self, ident: str, argv: tuple[str, ...], timeout: int) -> ExecResult:
         """Run and wait; `timeout` seconds, 0 is none. Raises DeadlineExceeded after killing all of it."""
@@ -70,7 +70,7 @@ class ExecRunner:
             except HyperpodError as exc:
                 raise process.start_failure(argv, exc) from exc
             laps("agent and crun")
-            collector = self._containers.owner.spawn(f"collect/{one.id}", one.output())
+            collector = self._owner.spawn(f"collect/{one.id}", one.output())
             code = await self._wait(one, timeout=timeout, argv=argv, collector=collector)
             laps("its run")
             stdout, stderr = await self._drain(one, collector)
@@ -81,7 +81,7 @@ class ExecRunner:
                 collector.cancel()
                 await asyncio.gather(collector, return_exceptions=True)
             # The answer need not wait for it.
-            self._containers.owner.spawn(f"remove/{one.id}", one.remove())
+            self._owner.spawn(f"remove/{one.id}", one.remove())
 
     @staticmethod
     async def _wait(

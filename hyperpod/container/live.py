@@ -9,7 +9,7 @@ from hyperpod.model.security import LinuxResources
 
 
 class LiveContainer:
-    """Record, status, and who waits for its end. Only the ContainerManager changes it."""
+    """Record, status, and who waits for its end. Only KnownContainers changes it."""
 
     def __init__(self, record: ContainerRecord, status: ContainerStatus) -> None:
         self.record, self.status = record, status

@@ -132,7 +132,7 @@ class RuntimeService(cri.RuntimeServiceBase):
 
     async def pod_sandbox_status(self, message: cri.PodSandboxStatusRequest) -> cri.PodSandboxStatusResponse:
         sandbox = self._ports.sandboxes.get(message.pod_sandbox_id)
-        containers = [container.view() for container in self._ports.containers.of(sandbox.id)]
+        containers = [container.view() for container in self._ports.containers.known.of(sandbox.id)]
         reply = replies.pod_status(sandbox, containers, verbose=message.verbose)
         if message.verbose and (host := await self._ports.stats.host(sandbox.id)):
             reply.info["host"] = json.dumps(host)
@@ -183,19 +183,19 @@ class RuntimeService(cri.RuntimeServiceBase):
         return cri.RemoveContainerResponse()
 
     async def container_status(self, message: cri.ContainerStatusRequest) -> cri.ContainerStatusResponse:
-        container = self._ports.containers.get(message.container_id)
+        container = self._ports.containers.known.get(message.container_id)
         sandbox = self._ports.sandboxes.index.find(container.record.sandbox_id)
         kind = Kind.VM if sandbox is None else sandbox.record.kind
         return replies.container_status(container, verbose=message.verbose, kind=kind)
 
     async def list_containers(self, message: cri.ListContainersRequest) -> Any:
-        await self._containers.warm(self._ports.containers.all())
-        items = self._ports.containers.all()
+        await self._containers.warm(self._ports.containers.known.all())
+        items = self._ports.containers.known.all()
         return self._containers.reply(replies.wanted_containers(items, message.filter), items)
 
     async def stream_containers(self, message: cri.StreamContainersRequest) -> AsyncIterator[Any]:
-        await self._containers.warm(self._ports.containers.all())
-        items = self._ports.containers.all()
+        await self._containers.warm(self._ports.containers.known.all())
+        items = self._ports.containers.known.all()
         for page in self._containers.pages(replies.wanted_containers(items, message.filter), items):
             yield page
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hyperpod.api.gen.runtime import v1 as cri
+from hyperpod.container.known import KnownContainers
 from hyperpod.container.live import LiveContainer
-from hyperpod.container.manager import ContainerManager
 from hyperpod.container.stats import StatsCollector
 from hyperpod.cri import filesystems, metrics, replies, stats_replies
 from hyperpod.errors import Unavailable
@@ -27,7 +27,7 @@ class StatsReader:
     def __init__(
         self,
         sandboxes: SandboxManager,
-        containers: ContainerManager,
+        containers: KnownContainers,
         collector: StatsCollector,
         state_dir: Path,
     ) -> None:

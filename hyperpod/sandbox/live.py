@@ -107,7 +107,7 @@ class LiveSandbox:
 
 
 class SandboxListener(Protocol):
-    """What the containers of a sandbox need to know; implemented by the container manager."""
+    """What the containers of a sandbox need to know; implemented in container/lives.py."""
 
     async def sandbox_stopping(self, sandbox: LiveSandbox) -> None:
         """The VM still runs: end its containers. Bounded by the implementation."""

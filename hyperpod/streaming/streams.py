@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from hyperpod.config import Config
 from hyperpod.container import process
+from hyperpod.container.known import KnownContainers
 from hyperpod.container.live import LiveContainer
-from hyperpod.container.manager import ContainerManager
 from hyperpod.errors import FailedPrecondition, InvalidArgument, PermissionDenied
 from hyperpod.model.container import ContainerState
 from hyperpod.sandbox.manager import SandboxManager
@@ -33,7 +33,7 @@ MAX_TERM = 64
 class Streams:
     """Owns the streaming server, and the operators' own."""
 
-    def __init__(self, config: Config, sandboxes: SandboxManager, containers: ContainerManager) -> None:
+    def __init__(self, config: Config, sandboxes: SandboxManager, containers: KnownContainers) -> None:
         """Raises InvalidArgument: the certificates cannot be used."""
         self._config, self._sandboxes, self._containers = config.streaming, sandboxes, containers
         self._operator_socket = config.operator_socket

@@ -1,0 +1,129 @@
+"""What a sandbox's life does to its containers: exits, reconnections, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from hyperpod import failpoints
+from hyperpod.agentclient.types import AgentContainerState, ContainerInfo
+from hyperpod.container.known import KnownContainers
+from hyperpod.errors import HyperpodError
+from hyperpod.model.base import now_ns
+from hyperpod.model.container import OOM_CODE, UNKNOWN_CODE, ContainerState, Reason
+from hyperpod.sandbox.live import LiveSandbox
+from hyperpod.tasks import TaskOwner
+
+log = logging.getLogger(__name__)
+
+LOG_DRAIN = 10.0
+"""Seconds that an exit waits for the container's last output to be in its log."""
+
+EXITS_AT_ONCE = 2.0
+"""Seconds that a reconnection waits for the exits that it has learnt of; usual logs are complete at once."""
+
+KILL_ALL = 5.0
+"""Seconds that stopping a sandbox gives its containers to die of SIGKILL before the VM goes."""
+
+
+class ContainerLives:
+    """The SandboxListener of all sandboxes. `remove`: kill and remove the container of that id."""
+
+    def __init__(
+        self, known: KnownContainers, remove: Callable[[str], Awaitable[None]], owner: TaskOwner
+    ) -> None:
+        self._known, self._remove, self._owner = known, remove, owner
+        self._deaf: set[str] = set()
+        """Sandboxes whose guest let SIGKILL pass: asking it again would be time lost."""
+
+    async def container_exited(self, sandbox: LiveSandbox, info: ContainerInfo) -> None:
+        """The agent's report: first the log is complete, then the exit is told."""
+        container = self._known.index.find(info.id)
+        if container is None or container.sandbox_id != sandbox.id or container.status.finished_at:
+            return
+        try:
+            result = await sandbox.need_shim().log_finish(container.id, timeout=LOG_DRAIN)
+            if not result.complete or result.gap_bytes:
+                log.warning("container %s: its log misses output: %s", container.short, result)
+        except HyperpodError as exc:
+            log.warning("container %s: end of log not confirmed: %s", container.short, exc)
+        reason = (
+            Reason.OOM_KILLED
+            if info.oom_killed
+            else Reason.COMPLETED
+            if info.exit_code == 0
+            else Reason.ERROR
+        )
+        started = container.status.started_at or container.record.created_at
+        finished = min(max(info.finished_at_ns, started), now_ns())
+        await self._known.finish(container, info.exit_code, reason, "", finished, started_at=started)
+        failpoints.passing("container.exited")
+
+    async def vm_unresponsive(self, sandbox_id: str) -> None:
+        """The guest does not even deliver SIGKILL: the VM itself is stopped."""
+        log.error("sandbox %s: its guest does not react; stopping the VM", sandbox_id[:12])
+        self._deaf.add(sandbox_id)
+        await self._known.sandboxes.stop(sandbox_id)
+
+    async def sandbox_stopping(self, sandbox: LiveSandbox) -> None:
+        running = [c for c in self._known.of(sandbox.id) if c.state is ContainerState.RUNNING]
+        if not running or sandbox.id in self._deaf:
+            return
+        try:
+            async with asyncio.timeout(KILL_ALL):
+                agent = await sandbox.session.client(timeout=2.0)
+                await asyncio.gather(*(agent.signal_container(c.id, 9, all_processes=True) for c in running))
+                await asyncio.gather(*(c.exited.wait() for c in running))
+        except (TimeoutError, HyperpodError) as exc:
+            log.warning("sandbox %s: containers outlive SIGKILL: %s", sandbox.short, exc or "timeout")
+
+    async def sandbox_stopped(self, sandbox: LiveSandbox, detail: str) -> None:
+        self._deaf.discard(sandbox.id)
+        message = (
+            f"the pod's {sandbox.record.kind.words} ended: {detail}" if detail else "the pod was stopped"
+        )
+        code, reason = (OOM_CODE, Reason.OOM_KILLED) if sandbox.host_oom else (UNKNOWN_CODE, Reason.UNKNOWN)
+        for container in self._known.of(sandbox.id):
+            if container.state is not ContainerState.EXITED:
+                started = container.status.started_at or now_ns()
+                await self._known.finish(container, code, reason, message, now_ns(), started_at=started)
+            await self._known.release(container, sandbox)
+
+    async def sandbox_removing(self, sandbox: LiveSandbox) -> None:
+        for container in self._known.of(sandbox.id):
+            await self._remove(container.id)
+
+    async def connected(self, sandbox: LiveSandbox) -> None:
+        """Agent and shim are there (again): logs flow, and what happened meanwhile is learnt."""
+        for container in self._known.of(sandbox.id):
+            if container.status.prepared and not container.status.finished_at:
+                try:
+                    await self._known.start_log(container, sandbox)
+                except HyperpodError as exc:
+                    log.warning("container %s: its log does not flow: %s", container.short, exc)
+        # Those that are being created or started report themselves.
+        settled = [c for c in self._known.of(sandbox.id) if not c.lock.locked()]
+        agent = await sandbox.session.client()
+        known = {info.id: info for info in await agent.list_containers()}
+        exits: list[asyncio.Task[None]] = []
+        for container in settled:
+            info = known.get(container.id)
+            if container.status.finished_at or container.status.removing or container.lock.locked():
+                continue
+            if not container.status.prepared:
+                await self._known.discard(container, sandbox)
+            elif info is None:
+                await self._known.finish(
+                    container, UNKNOWN_CODE, Reason.UNKNOWN, "the guest does not know it any more", now_ns(),
+                    started_at=container.status.started_at or now_ns(),
+                )  # fmt: skip
+            elif info.exited:
+                # A task each: one container's log that does not end must not hold back the others, or the pod.
+                exits.append(
+                    self._owner.spawn(f"exit/{container.short}", self.container_exited(sandbox, info))
+                )
+            elif info.state is AgentContainerState.RUNNING and not container.status.started_at:
+                await self._known.set(container, started_at=min(info.started_at_ns, now_ns()), pid=info.pid)
+        if exits:
+            await asyncio.wait(exits, timeout=EXITS_AT_ONCE)
