@@ -29,8 +29,8 @@ ROUND = 1000
 QUIET = 15.0
 """Seconds for what a vanished client has left to end: SIGKILL comes 10 s after SIGHUP."""
 GROWTH_MIB = 24.0
-"""Of a process's private memory between the first quiet moment and any later one: a heap with holes, not a leak, is
-some 16 MiB larger after a thousand sessions, and stays so."""
+"""Of a process's private memory between the first quiet moment and any later one: the heap of a
+shim has holes after sessions (4 to 10 MiB) that come and go; a daemon is measured as young as at first."""
 AWAY = (GRPCError, StreamTerminatedError, OSError, AttributeError)
 """What a call may raise while the daemon is killed or starts. The last is grpclib's, of a connection that is lost
 between its making and its first request."""
