@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from pathlib import Path
+
+from hyperpod.processes import stat_fields
 
 _PR_SET_NAME = 15
 _libc = ctypes.CDLL(None)
@@ -17,8 +18,7 @@ def set_title(name: str, title: str) -> None:
     """
     short = ctypes.create_string_buffer(name.encode()[:15])
     _libc.prctl(_PR_SET_NAME, short, 0, 0, 0)
-    # From the third field on: the second may hold anything.
-    fields = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
+    fields = stat_fields("self")
     arg_start, arg_end, env_end = int(fields[45]), int(fields[46]), int(fields[48])
     if not arg_start < arg_end <= env_end:
         return

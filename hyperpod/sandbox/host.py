@@ -22,7 +22,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from hyperpod import failpoints
+from hyperpod import failpoints, processes
 from hyperpod.agent.main import PATH
 from hyperpod.agent.rootfs import remove_tree
 from hyperpod.agentclient.types import HelloInfo
@@ -40,7 +40,6 @@ from hyperpod.spec import mountinfo, podfiles
 from hyperpod.spec.cgroup import sandbox_folder
 from hyperpod.spec.mounts import HostBind
 from hyperpod.spec.userns import map_line
-from hyperpod.supervisor import linux
 from hyperpod.tasks import settle_all
 
 log = logging.getLogger(__name__)
@@ -139,7 +138,7 @@ class HostBuilder(SandboxBuilder):
             crun_version=self._crun.known(),
             cgroup=cgroup,
         )
-        _pid_file(sandbox).write_text(f"{pid} {began}\n")
+        processes.remember(_pid_file(sandbox), pid, began)
 
     async def _claim(self, sandbox: LiveSandbox) -> None:
         async def watch() -> None:
@@ -178,11 +177,7 @@ class HostBuilder(SandboxBuilder):
 
     def agent_pid(self, sandbox: LiveSandbox) -> int:
         """Of the agent that `build` started; 0 when it is not there any more."""
-        try:
-            pid, began = map(int, _pid_file(sandbox).read_text().split())
-            return pid if linux.start_time(pid) == began and not linux.is_dead(pid) else 0
-        except (OSError, ValueError):
-            return 0
+        return processes.recall(_pid_file(sandbox))
 
     async def death(self, sandbox: LiveSandbox) -> str:
         if pid := self.agent_pid(sandbox):

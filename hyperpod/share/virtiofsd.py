@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hyperpod import processes
 from hyperpod.errors import FailedPrecondition, HyperpodError
 from hyperpod.logs import printable
 from hyperpod.share import binds
@@ -126,7 +127,7 @@ class FileServer:
                 listener.listen(1)
                 pid = self._spawn(arguments(which, str(self.share)), listener.fileno(), cgroups)
             self._child = pid
-            self._pid.write_text(f"{pid} {_began(pid)}\n")
+            processes.remember(self._pid, pid, processes.running_since(pid))
         except OSError as exc:
             raise HyperpodError(
                 f"virtiofsd cannot be started: {exc.filename or which.path}: {exc.strerror}"
@@ -155,11 +156,7 @@ class FileServer:
 
     def pid(self) -> int:
         """Of the process that `start` made, 0 when it is not there any more."""
-        try:
-            pid, began = map(int, self._pid.read_text().split())
-        except (OSError, ValueError):
-            return 0
-        return pid if _began(pid) == began else 0
+        return processes.recall(self._pid)
 
     def namespace(self) -> str:
         """Of its mounts once it has confined itself, which it does when QEMU has connected: a path in /proc.
@@ -237,15 +234,6 @@ class FileServer:
             path.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             self.folder.rmdir()
-
-
-def _began(pid: int) -> int:
-    """Clock ticks from boot to its start, by which it is told from another with its number; 0 when it is dead."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return 0
-    return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def _children(pid: int) -> list[int]:

@@ -76,18 +76,3 @@ def become_background(title: str, cgroups: Iterable[str]) -> None:
     set_title(title.split(maxsplit=1)[0], title)
     for folder in cgroups:
         (Path(folder) / "cgroup.procs").write_text("0")
-
-
-def start_time(pid: int) -> int:
-    """Clock ticks from boot to the process's start: with the pid, its identity. Raises OSError."""
-    return int(_stat_fields(str(pid))[19])
-
-
-def is_dead(pid: int) -> bool:
-    """Ended, and nobody has asked how. Raises OSError when nothing is left of it."""
-    return _stat_fields(str(pid))[0] in (b"Z", b"X")
-
-
-def _stat_fields(process: str) -> list[bytes]:
-    """The fields of /proc/<process>/stat from the third on: the second may hold anything."""
-    return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()

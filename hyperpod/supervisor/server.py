@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hyperpod.errors import HyperpodError, PermissionDenied, ProtocolError, Unavailable, Unsupported
+from hyperpod.processes import start_time
 from hyperpod.shim import packets
 from hyperpod.shim.packets import Peer
-from hyperpod.supervisor import linux
 from hyperpod.supervisor.loop import Loop
 from hyperpod.supervisor.nursery import Nursery
 from hyperpod.supervisor.shims import Shims, ShimSpec
@@ -171,10 +171,10 @@ class Server:
         }
         pid = self._nursery.spawn_agent(fields)
         try:
-            start_time = linux.start_time(pid)
+            began = start_time(pid)
         except OSError as exc:
             raise Unavailable("the agent ended at its start") from exc
-        connection.reply(request, {"pid": pid, "start_time": start_time})
+        connection.reply(request, {"pid": pid, "start_time": began})
 
     def _drop(self, connection: Connection, request: Request, fds: list[int]) -> None:
         _need_root(connection.peer)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 from hyperpod.errors import HyperpodError, ResourceExhausted, Unavailable
-from hyperpod.supervisor import linux
+from hyperpod.processes import start_time
 from hyperpod.supervisor.loop import Loop
 from hyperpod.supervisor.nursery import Nursery
 from hyperpod.supervisor.store import Store
@@ -121,7 +121,7 @@ class Shims:
                 self._dead(shim, status)
 
     def _watch(self, shim: Shim, pid: int) -> None:
-        shim.pid, shim.pidfd, shim.start_time = pid, os.pidfd_open(pid), linux.start_time(pid)
+        shim.pid, shim.pidfd, shim.start_time = pid, os.pidfd_open(pid), start_time(pid)
         self._loop.watch(shim.pidfd, lambda: self._ended(shim, pid))
 
     def _ended(self, shim: Shim, pid: int) -> None:
