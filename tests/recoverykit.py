@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from pathlib import Path
 
 from grpclib.exceptions import GRPCError, StreamTerminatedError
 
@@ -40,6 +44,19 @@ async def leaving_nothing(daemon: Daemon, handler: str = "") -> AsyncIterator[Cr
             await _remove_all(client)
     left = daemon.leftovers()
     assert left == [], f"left behind: {left}"
+
+
+def reboot(daemon: Daemon, pod: str) -> None:
+    """What a reboot of the host leaves of a daemon and its pod: the state folder, with the boot of before in it."""
+    daemon.stop()
+    for line in daemon.processes():
+        os.kill(int(line.split()[0]), signal.SIGKILL)
+    record = daemon.state / "sandboxes" / pod / "record.json"
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    record.write_text(record.read_text().replace(boot_id, "0" * len(boot_id)))
+    daemon.unmount_namespaces()
+    shutil.rmtree(daemon.run_dir)
+    daemon.start()
 
 
 async def _remove_all(client: Cri) -> None:

@@ -19,7 +19,7 @@ from tests import usernskit
 from tests.daemonkit import Cri, Daemon
 from tests.host.conftest import ALLOWED, host_daemon_of
 from tests.host.test_lifecycle import HOLD
-from tests.recoverykit import client_of, killed_at_every_step, life
+from tests.recoverykit import client_of, killed_at_every_step, life, reboot
 
 COUNTER = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done"
 
@@ -191,15 +191,7 @@ async def test_a_host_reboot(own_daemon: Daemon) -> None:
         await client.load_busybox()
         pod = await client.run_pod()
         container = await client.sh(pod, "sleep 600")
-    own_daemon.stop()
-    for line in own_daemon.processes():
-        os.kill(int(line.split()[0]), signal.SIGKILL)
-    record = own_daemon.state / "sandboxes" / pod / "record.json"
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    record.write_text(record.read_text().replace(boot_id, "0" * len(boot_id)))
-    own_daemon.unmount_namespaces()
-    shutil.rmtree(own_daemon.run_dir)
-    own_daemon.start()
+    reboot(own_daemon, pod)
     async with client_of(own_daemon, "host") as client:
         status = await client.status(container)
         assert status.state == cri.ContainerState.CONTAINER_EXITED

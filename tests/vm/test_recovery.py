@@ -15,7 +15,7 @@ from grpclib.exceptions import GRPCError, StreamTerminatedError
 from hyperpod import failpoints
 from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import Cri, Daemon, daemon
-from tests.recoverykit import killed_at_every_step
+from tests.recoverykit import killed_at_every_step, reboot
 
 pytestmark = pytest.mark.vm
 
@@ -82,17 +82,7 @@ async def test_a_host_reboot(own_daemon: Daemon) -> None:
         await client.load_busybox()
         pod = await client.run_pod()
         container = await client.sh(pod, "sleep 600")
-    own_daemon.stop()
-    for line in own_daemon.processes():
-        os.kill(int(line.split()[0]), signal.SIGKILL)
-    record = own_daemon.state / "sandboxes" / pod / "record.json"
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    record.write_text(record.read_text().replace(boot_id, "0" * len(boot_id)))
-    import shutil
-
-    own_daemon.unmount_namespaces()
-    shutil.rmtree(own_daemon.run_dir)
-    own_daemon.start()
+    reboot(own_daemon, pod)
     async with own_daemon.client() as client:
         status = await client.status(container)
         assert status.state == cri.ContainerState.CONTAINER_EXITED
