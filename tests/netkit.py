@@ -16,14 +16,15 @@ VERSION = "1.0.0"
 
 
 class Network:
-    """`conf_dir` holds the conflist; addresses come out of 10.<x>.<y>.0/24 and fd00:<x>:<y>::/64."""
+    """`conf_dir` holds the conflist; addresses come out of 10.<x>.<y>.0/24 and fd00:<xy>::/64."""
 
     def __init__(self, base: Path) -> None:
         self.ident = secrets.token_hex(4)
         runs.record("network", self.ident)
         self.bridge = f"hpt{self.ident}"
         x, y = 128 + secrets.randbelow(127), secrets.randbelow(256)
-        self.v4, self.v6 = f"10.{x}.{y}", f"fd00:{x}:{y}:"
+        # One group, never 0: written as everybody writes it back, which a group of zeros before "::" is not.
+        self.v4, self.v6 = f"10.{x}.{y}", f"fd00:{x:x}{y:02x}:"
         self.conf_dir, self.leases = base / "net.d", base / "leases"
         self.conf_dir.mkdir()
         self.name = f"test-{self.ident}"

@@ -22,7 +22,7 @@ from multidict import MultiDict
 
 from hyperpod.agentclient.protocol import AgentProtocol
 from hyperpod.agentclient.wakeup import CallWrapper, DeadlineCallWrapper
-from hyperpod.errors import InvalidArgument, ProtocolError, ResourceExhausted, Unavailable
+from hyperpod.errors import ConnectionLost, InvalidArgument, ProtocolError, ResourceExhausted
 from hyperpod.rpc import strict
 
 MAX_MESSAGE = 64 * 1024
@@ -86,7 +86,7 @@ class _BoundedStream(Stream[Any, Any]):
 
 
 class AgentChannel(Channel):
-    """One connection, made by `start`; when it is lost every call raises Unavailable."""
+    """One connection, made by `start`; when it is lost every call raises ConnectionLost."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -119,7 +119,7 @@ class AgentChannel(Channel):
         return AgentProtocol(Handler(), self._config, self._h2_config)
 
     async def _create_connection(self) -> H2Protocol:
-        raise Unavailable("the connection to the agent is lost")
+        raise ConnectionLost("the connection to the agent is lost")
 
     def request(
         self,

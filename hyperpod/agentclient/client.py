@@ -87,7 +87,7 @@ class AgentClient:
         self._channel = channel
 
     async def close(self) -> None:
-        """Close the connection; running calls raise Unavailable. Safe to repeat."""
+        """Close the connection; running calls raise ConnectionLost. Safe to repeat."""
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
@@ -225,7 +225,7 @@ class AgentClient:
         return [_info(state) for state in answer.containers]
 
     async def events(self, after_seq: int) -> AsyncIterator[ExitEvent]:
-        """Exits after number `after_seq`, until the connection ends: then it ends or raises Unavailable."""
+        """Exits after number `after_seq`, until the connection ends: then it ends or raises ConnectionLost."""
         last = after_seq
         with _mapped("Events"):
             async for event in self._stub().events(v1.EventsRequest(after_seq=after_seq)):

@@ -115,7 +115,17 @@ async def test_an_agent_that_does_not_come_back(
         await session.repeatable(lambda client: client.list_containers())
 
 
-async def test_a_lost_connection_is_told_apart(agent: AgentKit) -> None:
-    await agent.client.close()
+@pytest.mark.parametrize("closer", ["ours", "theirs"])
+async def test_a_lost_connection_is_told_apart(agent: AgentKit, cutter: Cutter, closer: str) -> None:
+    """Also a loss that was noticed before the call began."""
+    client = AgentClient(HostEndpoint(str(cutter.directory)), agent.place.sandbox_id, agent.place.token)
+    await client.connect(claim=False, timeout=TIMEOUT)
+    await client.list_containers()
+    if closer == "ours":
+        await client.close()
+    else:
+        cutter.cut()
+        await asyncio.sleep(0.2)
     with pytest.raises(ConnectionLost):
-        await agent.client.list_containers()
+        await client.list_containers()
+    await client.close()
