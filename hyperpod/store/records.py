@@ -33,8 +33,9 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = 
     try:
         with _room(path):
             fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-            with os.fdopen(fd, "wb", buffering=0) as file:
+            with os.fdopen(fd, "wb") as file:
                 file.write(data)
+                file.flush()  # a disk that is nearly full takes the beginning of it, and says so at the next write
                 if durable:
                     os.fsync(fd)
             os.rename(temp, path)  # noqa: PTH104  pathlib costs more than the call

@@ -16,6 +16,7 @@ import pytest
 from hyperpod import errors
 from hyperpod.image.settings import ImageSettings, Limits
 from hyperpod.image.store import ImageStore
+from hyperpod.store.records import write_atomic
 from tests import imagekit as kit
 from tests import registry as reg
 from tests.component.imagestore import layer_files, opened, passable_folder
@@ -241,6 +242,20 @@ async def test_full_disk(state: Path) -> None:
             assert store.list() == [] and layer_files(state / "s") == []
 
 
+def test_a_record_that_fits_only_in_part(state: Path) -> None:
+    """The kernel takes what fits and says how much that was; only the next write fails."""
+    with small_disk(state / "s", "64k"):
+        record, filler = state / "s/record", state / "s/filler"
+        write_atomic(record, b"old")
+        with contextlib.suppress(OSError):
+            filler.write_bytes(bytes(1 << 20))
+        os.truncate(filler, filler.stat().st_size - 4096)
+        with pytest.raises(errors.ResourceExhausted, match="no room for"):
+            write_atomic(record, bytes(20_000))
+        assert record.read_bytes() == b"old"
+        assert sorted(path.name for path in record.parent.iterdir()) == ["filler", "record"]
+
+
 async def test_pull_larger_than_the_disk_fetches_nothing(state: Path) -> None:
     with reg.running(state / "registry") as registry, small_disk(state / "s", "3m"):
         registry.push("a", "1", kit.image(kit.tar(Item("big", os.urandom(6 << 20)))))
@@ -254,6 +269,7 @@ import asyncio, sys
 from pathlib import Path
 from hyperpod.image.settings import ImageSettings
 from hyperpod.image.store import ImageStore
+from hyperpod.store.records import write_atomic
 async def main():
     store = ImageStore(Path(sys.argv[1]), Path(sys.argv[1]), ImageSettings())
     await store.open()
