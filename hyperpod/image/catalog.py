@@ -33,6 +33,9 @@ class Catalog:
     def find(self, text: str) -> Image | None:
         """By tag, digest, short name, id or its prefix. Raises InvalidArgument for an ambiguous one."""
         images = self.images()
+        record = self._records.get(text)  # a whole id is never taken for a tag of a repository named sha256
+        if record is not None and not record.removed:
+            return record.image
         try:
             reference = parse(text)
         except InvalidArgument:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from hyperpod.errors import FailedPrecondition
 from hyperpod.image.settings import ImageSettings
-from hyperpod.model.images import StoredImage
+from hyperpod.model.images import Image, StoredImage
 from hyperpod.store.records import sync, write_atomic
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,11 @@ class StoreDisk:
     def _verify(self, record: StoredImage, path: Path) -> None:
         if path != self._path(record.image.id):
             raise ValueError(f"it is about {record.image.id}")
-        for layer in record.image.layers:
+        self.check(record.image)
+
+    def check(self, image: Image) -> None:
+        """Raises OSError or ValueError when a layer file is not what it was."""
+        for layer in image.layers:
             with (self.layers / layer.file).open("rb") as file:
                 if file.read(4) != _SQUASHFS_MAGIC or os.fstat(file.fileno()).st_size != layer.size:
                     raise ValueError(f"layer file {layer.file} is damaged")

@@ -151,7 +151,12 @@ def read_config(raw: bytes, manifest: Manifest, what: str) -> tuple[ImageConfig,
             f"{what}: {len(manifest.layers)} layers, but {len(diff_ids)} diff ids in its configuration"
         )
     section = data.get("config")
-    return _section(section if isinstance(section, dict) else {}, what), tuple(diff_ids)
+    config = _section(section if isinstance(section, dict) else {}, what)
+    try:
+        config.model_dump_json()
+    except ValueError as exc:  # JSON can spell half of a character, which no record or message can hold
+        raise ImageError(f"{what}: the configuration holds text that is not Unicode") from exc
+    return config, tuple(diff_ids)
 
 
 def _section(section: dict[str, Any], what: str) -> ImageConfig:

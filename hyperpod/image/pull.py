@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,24 +73,33 @@ class Pull:
         self.what = f"pull of {reference}"
         self._skopeo = Skopeo(folder, host_of(reference, settings), settings)
 
-    async def fetch(self, auth: RegistryAuth | None) -> StagedImage:
-        """Raises NotFound, PermissionDenied, Unavailable, DeadlineExceeded, ResourceExhausted, ImageError."""
+    @contextlib.asynccontextmanager
+    async def session(self, auth: RegistryAuth | None) -> AsyncIterator[None]:
+        """Ask the registry with these credentials until the end of the block. Raises InvalidArgument."""
         host = self._skopeo.host
-        if auth is None or not auth.registry_token or not is_for(auth, host):
-            return await self._fetch(auth)
-        plain = is_loopback(host) or host in self.settings.insecure_registries
-        proxy = TokenProxy(host, auth.registry_token, plain=plain)
-        async with proxy.serving():
-            self._skopeo = Skopeo(self.folder, proxy.address, self.settings)
-            return await self._fetch(proxy.credentials)
+        async with contextlib.AsyncExitStack() as stack:
+            if auth is not None and auth.registry_token and is_for(auth, host):
+                plain = is_loopback(host) or host in self.settings.insecure_registries
+                proxy = TokenProxy(host, auth.registry_token, plain=plain)
+                await stack.enter_async_context(proxy.serving())
+                self._skopeo = Skopeo(self.folder, proxy.address, self.settings)
+                auth = proxy.credentials
+            await asyncio.to_thread(self._skopeo.prepare, auth)
+            yield
 
-    async def _fetch(self, auth: RegistryAuth | None) -> StagedImage:
-        limits = self.settings.limits
-        await asyncio.to_thread(self._skopeo.prepare, auth)
+    async def resolve(self) -> bytes:
+        """The manifest or index that the reference stands for now: who gets it may have the image.
+
+        Raises NotFound, PermissionDenied, Unavailable, DeadlineExceeded, ImageError, as `fetch` does."""
         raw = await self._inspect(self.reference.digest)
-        top = digest = m.digest_of(raw)
-        if self.reference.digest not in ("", top):
+        if self.reference.digest not in ("", top := m.digest_of(raw)):
             raise ImageError(f"{self.what}: the registry sent {top} instead")
+        return raw
+
+    async def fetch(self, raw: bytes) -> StagedImage:
+        """Copy what `resolve` gave. Raises ResourceExhausted, too."""
+        limits = self.settings.limits
+        top = digest = m.digest_of(raw)
         data = m.parse_json(raw, self.what)
         if m.is_index(data):
             digest = m.choose(data, self.what).digest

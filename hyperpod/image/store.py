@@ -26,6 +26,7 @@ from hyperpod.image.archive import open_source
 from hyperpod.image.catalog import Catalog
 from hyperpod.image.convert import Converted, LayerFiles
 from hyperpod.image.disk import ImageFsUsage, StoreDisk
+from hyperpod.image.manifest import digest_of
 from hyperpod.image.pull import Pull, StagedImage
 from hyperpod.image.reference import Reference, parse
 from hyperpod.image.settings import ImageSettings
@@ -117,12 +118,36 @@ class ImageStore:
         async with self._slots, self._folder("pull-") as folder:
 
             async def fetch_and_build() -> Image:
-                staged = await Pull(reference, folder, self._settings).fetch(auth)
+                pull = Pull(reference, folder, self._settings)
+                async with pull.session(auth):
+                    top = await pull.resolve()
+                    if (known := await self._known(reference, digest_of(top))) is not None:
+                        return known
+                    staged = await pull.fetch(top)
                 return await self._install(staged, (reference,), folder)
 
             image = await bounded(fetch_and_build(), self._settings.pull_timeout, what)
         log.info("%s: done, image %s, %d layers", what, image.id, len(image.layers))
         return image
+
+    async def _known(self, reference: Reference, digest: str) -> Image | None:
+        """The image that came out of this repository under this digest before; it gets the tag. None: fetch it.
+
+        The registry has just shown its manifest for these credentials, and the right to read a manifest is that to
+        read its layers, but in this repository alone: what came out of others proves nothing."""
+        name = reference.by_digest(digest)
+        async with self._write:
+            known = next((image for image in self.list() if name in image.repo_digests), None)
+            if known is None:
+                return None
+            try:
+                await asyncio.to_thread(self._disk.check, known)
+            except (OSError, ValueError) as exc:
+                log.error("image %s is damaged and fetched again: %s", known.id, exc)
+                return None
+            return await self._announce(
+                known.model_copy(update={"repo_tags": (reference.tagged,) if reference.tagged else ()})
+            )
 
     async def load(self, path: Path) -> builtins.list[Image]:
         """Images of an OCI layout (folder or tar) or a docker archive. Raises as `pull` does."""
@@ -150,14 +175,18 @@ class ImageStore:
             converted = await self._build(staged, Path(tempfile.mkdtemp("", "layers-", folder)))
             image = self._describe(staged, names, converted)
             async with self._write:
-                for record in self._catalog.merge(image, now_ns()):
-                    await self._put(record)
-            known = self._catalog.record(image.id)
-            assert known is not None
-            return known.image
+                return await self._announce(image)
         finally:
             self._pins.subtract(pinned)
             self._sweep_soon()
+
+    async def _announce(self, image: Image) -> Image:
+        """Record it and give it with all its names. `_write` is held."""
+        for record in self._catalog.merge(image, now_ns()):
+            await self._put(record)
+        known = self._catalog.record(image.id)
+        assert known is not None
+        return known.image
 
     async def _build(self, staged: StagedImage, work: Path) -> builtins.list[Converted]:
         work.chmod(0o711)

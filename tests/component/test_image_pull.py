@@ -141,10 +141,42 @@ async def test_equal_pulls_share_the_work(
     assert len({image.id for image in images}) == 1
     assert sum("layers," in r.message and "bytes" in r.message for r in caplog.records) == 1
     assert sum(": built," in r.message for r in caplog.records) == 2
-    await store.pull(f"{name}@{IMAGE.digest}")
-    assert sum(": built," in r.message for r in caplog.records) == 2, (
+    registry.push("library/again", "1", IMAGE)
+    await store.pull(f"{registry.address}/library/again:1")
+    assert sum("here already, verified" in r.message for r in caplog.records) == 2, (
         "layers that are here are not built again"
     )
+
+
+async def test_an_image_that_is_here_is_not_fetched_again(
+    closed: reg.Registry, store: ImageStore, state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As for each start with imagePullPolicy Always: the registry says which image it is and who may have it."""
+    caplog.set_level(logging.INFO)
+    auth = RegistryAuth(username=reg.USER, password=reg.PASSWORD)
+    closed.push("team/often", "1", IMAGE)
+    closed.push("team/often", "2", IMAGE)
+    closed.push("team/other", "1", IMAGE)
+
+    async def fetched(name: str) -> bool:
+        caplog.clear()
+        image = await store.pull(f"{closed.address}/team/{name}", auth)
+        assert image.id == IMAGE.config_digest and store.get(f"{closed.address}/team/{name}") == image
+        return "layers," in caplog.text
+
+    assert await fetched("often:1")
+    assert not await fetched("often:1")
+    assert not await fetched("often:2")
+    assert not await fetched(f"often@{IMAGE.digest}")
+    assert await fetched("other:1"), "who may read one repository need not have the layers of another"
+    with pytest.raises(errors.PermissionDenied):
+        await store.pull(f"{closed.address}/team/often:1")
+    file = state / "layers" / layer_files(state)[0]
+    file.unlink()
+    assert await fetched("often:1"), "the damaged one is mended"
+    assert file.exists()
+    await store.remove(IMAGE.config_digest)
+    assert await fetched("often:1")
 
 
 async def test_caller_that_leaves_does_not_end_a_pull(registry: reg.Registry, store: ImageStore) -> None:

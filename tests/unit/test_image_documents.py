@@ -115,6 +115,8 @@ def test_config_is_read() -> None:
         ({"config": {"WorkingDir": "/a\0b"}}, "WorkingDir"),
         ({"config": {"Labels": []}}, None),
         ({"config": {"Labels": ["x"]}}, "Labels"),
+        ({"config": {"Labels": {"x": "\ud800"}}}, "not Unicode"),
+        ({"config": {"Env": ["A=\udc80"]}}, "not Unicode"),
     ],
 )
 def test_bad_configurations(change: dict[str, Any], why: str | None) -> None:

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperpod.errors import InvalidArgument
+from hyperpod.image.catalog import Catalog
 from hyperpod.image.reference import id_prefix, parse
+from hyperpod.model.images import Image, StoredImage
 
 DIGEST = "sha256:" + "ab" * 32
 
@@ -85,3 +87,14 @@ def test_id_prefix() -> None:
     assert id_prefix("") is None
     assert id_prefix("xyz") is None
     assert id_prefix("ab" * 33) is None
+
+
+def test_an_id_is_no_tag_of_a_repository_named_sha256() -> None:
+    catalog = Catalog()
+    tag = f"docker.io/library/{DIGEST}"
+    for ident, tags in ((DIGEST, ()), ("sha256:" + "cd" * 32, (tag,))):
+        image = Image(id=ident, repo_tags=tags, size=0, layers=())
+        catalog.put(StoredImage(image=image, updated_at=1))
+    assert parse(DIGEST).tagged == tag
+    found = catalog.find(DIGEST)
+    assert found is not None and found.id == DIGEST
