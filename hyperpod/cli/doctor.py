@@ -14,6 +14,7 @@ from hyperpod.hypervisor.doctor import Check, checks
 from hyperpod.model.sandbox import Kind
 from hyperpod.network.confdir import ConfDir
 from hyperpod.sandbox import artifacts
+from hyperpod.sandbox.host import find_crun
 from hyperpod.sandbox.userns import UserNamespaces
 from hyperpod.share import virtiofsd
 from hyperpod.spec.profile import Target
@@ -29,6 +30,14 @@ def file_server(setting: str) -> Check:
         found.path if found else "not found",
         f"apt-get install {virtiofsd.PACKAGE}",
     )
+
+
+def oci_runtime() -> Check:
+    """VM pods have theirs in the guest."""
+    try:
+        return Check("crun, for host pods", True, False, str(find_crun()))
+    except HyperpodError as exc:
+        return Check("crun, for host pods", False, False, str(exc))
 
 
 def user_namespaces(settings: VmConfig) -> list[Check]:
@@ -48,6 +57,7 @@ def main(args: argparse.Namespace) -> int:
     for check in [
         *checks(config.vm.accelerator),
         file_server(config.vm.virtiofs),
+        oci_runtime(),
         *user_namespaces(config.vm),
     ]:
         print(f"{'ok     ' if check.found else 'MISSING'} {check.name}: {check.detail}")

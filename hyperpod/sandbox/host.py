@@ -26,7 +26,7 @@ from hyperpod import failpoints, processes
 from hyperpod.agent.main import PATH
 from hyperpod.agent.rootfs import remove_tree
 from hyperpod.agentclient.types import HelloInfo
-from hyperpod.errors import HyperpodError, Unavailable
+from hyperpod.errors import FailedPrecondition, HyperpodError, Unavailable
 from hyperpod.model.base import now_ns
 from hyperpod.model.network import PodNetwork
 from hyperpod.model.security import NamespaceMode
@@ -78,6 +78,7 @@ class HostBuilder(SandboxBuilder):
         """The plugins take most of the time: agent and shim start meanwhile, in the namespace that they fill."""
         phases, record = Phases(), sandbox.record
         netns: Path | None = None
+        find_crun()
         with phases("folders"):
             if record.config.namespaces.network is not NamespaceMode.NODE:
                 netns = await self.networks.namespaces.make(record.id, record.config.namespaces.userns)
@@ -255,10 +256,18 @@ class CrunVersion:
 
     @staticmethod
     def _look() -> tuple[int, int]:
-        if (found := shutil.which("crun", path=PATH)) is None:
+        try:
+            status = find_crun().stat()
+        except (FailedPrecondition, FileNotFoundError):
             return (0, 0)
-        status = Path(found).stat()
         return status.st_ino, status.st_mtime_ns
+
+
+def find_crun(path: str = PATH) -> Path:
+    """The host's, as its agents find it. Raises FailedPrecondition when there is none."""
+    if (found := shutil.which("crun", path=path)) is None:
+        raise FailedPrecondition(f"host pods need crun, which is in none of {path}: apt-get install crun")
+    return Path(found)
 
 
 def remove_home(home: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from hyperpod.errors import FailedPrecondition
 from hyperpod.hypervisor.doctor import checks
+from hyperpod.sandbox.host import find_crun
 
 
 def test_this_host() -> None:
@@ -28,3 +32,10 @@ def test_a_missing_program_names_its_package(monkeypatch: pytest.MonkeyPatch) ->
     check = found["mkfs.ext4"]
     assert (check.found, check.required, check.mend) == (False, True, "apt-get install e2fsprogs")
     assert all(check.mend for check in found.values() if not check.found)
+
+
+def test_a_host_without_crun_is_told_before_a_pod_is_made(tmp_path: Path) -> None:
+    with pytest.raises(FailedPrecondition, match="apt-get install crun"):
+        find_crun(str(tmp_path))
+    (tmp_path / "crun").touch(mode=0o755)
+    assert find_crun(str(tmp_path)) == tmp_path / "crun"
