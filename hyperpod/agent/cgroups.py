@@ -135,6 +135,11 @@ class Cgroups:
         self._limit(f"{ROOT}/memory{path}/memory.limit_in_bytes", memory_max)
         self._limit(f"{ROOT}/pids{path}/pids.max", pids_max)
 
+    @staticmethod
+    def lift_quota(path: str) -> None:
+        """Let a v1 cgroup have as much CPU time as there is."""
+        _write(f"{ROOT}/cpu{path}/cpu.cfs_quota_us", "-1")
+
     def pids(self, path: str) -> list[int]:
         """Every process in the cgroup `path` and below it; empty when it does not exist."""
         found: list[int] = []

@@ -24,7 +24,7 @@ from hyperpod.agent.layout import Layout
 from hyperpod.agent.process import ConsoleSocket, Pipes, ProcessIO, null_device
 from hyperpod.agent.quota import Quota
 from hyperpod.agent.reaper import Reaper
-from hyperpod.agent.resources import adapt
+from hyperpod.agent.resources import adapt, lifts_quota
 from hyperpod.agent.security import Security
 from hyperpod.agent.share import Share
 from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, InvalidArgument, NotFound
@@ -341,6 +341,8 @@ class Container:
                     await self.tools.crun.update(self.id, path)
                 finally:
                     os.unlink(path)
+                if lifts_quota(self.tools.cgroups, resources):
+                    self.tools.cgroups.lift_quota(self.cgroup)
                 return
             with open(f"{bundle}/config.json") as file:
                 spec = json.load(file)

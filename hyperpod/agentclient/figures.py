@@ -6,6 +6,7 @@ about another pod rests on it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,14 @@ _NAME_LENGTH = 15
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a VM of its size and age can have at most: bytes of memory and disk, CPU time in nanoseconds."""
+    """What a VM of its size and age can have at most: bytes of memory and disk, CPU time in nanoseconds.
+
+    `interfaces`: 0 for a pod in the node's network, whose interfaces are not the pod's."""
 
     memory: int
     disk: int
     cpu_ns: int
+    interfaces: int = MAX_INTERFACES
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +194,10 @@ def details(stats: Any, most: Bounds) -> DetailFigures | None:
     """From a DetailStats message."""
     if stats is None:
         return None
-    pages = tuple(
-        (name(item.page_size), min(item.usage, most.memory), min(item.max_usage, most.memory))
+    pages = {
+        name(item.page_size): (min(item.usage, most.memory), min(item.max_usage, most.memory))
         for item in stats.hugetlb[:MAX_HUGETLB]
-    )
+    }
     return DetailFigures(
         memory_peak=min(stats.memory_peak, most.memory),
         memory_limit_hits=min(stats.memory_limit_hits, COUNTER_MAX),
@@ -207,7 +211,7 @@ def details(stats: Any, most: Bounds) -> DetailFigures | None:
         file_descriptors=min(stats.file_descriptors, COUNTER_MAX),
         sockets=min(stats.sockets, COUNTER_MAX),
         files_max=min(stats.files_max, COUNTER_MAX),
-        hugetlb=pages,
+        hugetlb=tuple((size, *used) for size, used in pages.items()),
     )
 
 
@@ -237,6 +241,11 @@ def _interface(stats: Any) -> InterfaceFigures:
     return InterfaceFigures(name(stats.name), *counters)
 
 
+def _interfaces(stats: Iterable[Any]) -> tuple[InterfaceFigures, ...]:
+    """Each name once: of two series alike Prometheus takes none."""
+    return tuple({item.name: item for item in map(_interface, stats)}.values())
+
+
 def guest(stats: Any, most: Bounds) -> GuestFigures:
     """From a GuestStats message. Raises GuestError."""
     if stats is None:
@@ -247,7 +256,7 @@ def guest(stats: Any, most: Bounds) -> GuestFigures:
         memory_available=min(stats.memory_available, most.memory),
         cpu_usage_ns=min(stats.cpu_usage_ns, most.cpu_ns),
         containers=cgroup(stats.containers, most),
-        interfaces=tuple(_interface(item) for item in stats.interfaces[:MAX_INTERFACES]),
+        interfaces=_interfaces(stats.interfaces[: most.interfaces]),
         disk_size=min(stats.disk_size, most.disk),
         disk_free=min(stats.disk_free, most.disk),
         disk_inodes=min(stats.disk_inodes, most.disk),

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
-from hyperpod.agentclient.figures import Bounds, SandboxFigures
+from hyperpod.agentclient.figures import MAX_INTERFACES, Bounds, SandboxFigures
 from hyperpod.errors import HyperpodError
 from hyperpod.model.base import now_ns
+from hyperpod.model.security import NamespaceMode
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.tasks import Operations, TaskOwner, bounded
 
@@ -138,4 +139,6 @@ class StatsCollector:
         size = sandbox.record.size
         age = max(now_ns() - sandbox.record.created_at, 0)
         memory, disk = size.max_memory_mib << 20, self._scratch(sandbox)
-        return Bounds(memory=memory, disk=disk, cpu_ns=age * size.max_vcpus)
+        of_node = sandbox.record.config.namespaces.network is NamespaceMode.NODE
+        interfaces = 0 if of_node else MAX_INTERFACES
+        return Bounds(memory=memory, disk=disk, cpu_ns=age * size.max_vcpus, interfaces=interfaces)

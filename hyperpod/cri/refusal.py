@@ -102,7 +102,8 @@ _POD_RESOURCES: Table = {
     "oom_score_adj": Harmless(_NO_PAUSE),
     "cpuset_cpus": Refused("pinning vCPUs is not built yet"),
     "cpuset_mems": Refused("pinning a VM's memory is not built yet"),
-    "unified": Refused("cgroup settings of a whole VM are not built yet"),
+    # A kubelet on cgroup v2 sends memory.oom.group, and with the sum of the containers' limits, so with every pod.
+    "unified": Harmless("each container has its own; the pod's cgroup is the caller's"),
     "memory_swap_limit_in_bytes": Harmless("the guest has no swap; its memory is the limit"),
     "hugepage_limits[].page_size": Harmless("counts with a limit only"),
     "hugepage_limits[].limit": Refused("the guest has no huge pages"),

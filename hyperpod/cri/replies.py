@@ -35,6 +35,9 @@ _STATES = {
     ContainerState.EXITED: cri.ContainerState.CONTAINER_EXITED,
     ContainerState.UNKNOWN: cri.ContainerState.CONTAINER_UNKNOWN,
 }
+_ID_DIGITS = 10
+"""Of the highest uid that there is, 2**32 - 2."""
+
 _SIGNALS = {
     signals.number(stop_signal(signal)): signal
     for signal in reversed(cri.Signal)  # of two names of one number, the interface's first
@@ -363,13 +366,15 @@ def container_status(
 def image(item: Image) -> cri.Image:
     """`uid` or `username` of the image's USER; both absent means root to the kubelet."""
     user = item.config.user.partition(":")[0]
+    # An image may say anything here, and what fits no field would fail the list of all images.
+    number = int(user) if user.isascii() and user.isdecimal() and len(user) <= _ID_DIGITS else None
     return cri.Image(
         id=item.id,
         repo_tags=list(item.repo_tags),
         repo_digests=list(item.repo_digests),
         size=item.size,
-        uid=cri.Int64Value(value=int(user)) if user.isdecimal() else None,
-        username="" if user.isdecimal() else user,
+        uid=None if number is None else cri.Int64Value(value=number),
+        username=user if number is None else "",
         spec=cri.ImageSpec(image=item.id),
         pinned=item.pinned,
     )

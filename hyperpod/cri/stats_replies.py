@@ -21,7 +21,6 @@ from hyperpod.container.live import LiveContainer
 from hyperpod.container.stats import Sample
 from hyperpod.model.base import now_ns
 from hyperpod.model.container import ContainerState
-from hyperpod.model.security import NamespaceMode
 from hyperpod.sandbox.live import LiveSandbox
 
 DEFAULT_INTERFACE = "eth0"
@@ -117,10 +116,13 @@ def _interface(figures: InterfaceFigures) -> cri.NetworkInterfaceUsage:
     )
 
 
-def _network(guest: GuestFigures, at: int) -> cri.NetworkUsage:
-    """eth0 is the default interface, else the first one."""
+def _network(guest: GuestFigures, at: int) -> cri.NetworkUsage | None:
+    """eth0 is the default interface, else the first one. Without one there is no message: the kubelet counts on a
+    default interface, and a guest can have moved its own away."""
     found = [_interface(figures) for figures in guest.interfaces]
-    default = next((item for item in found if item.name == DEFAULT_INTERFACE), found[0] if found else None)
+    if not found:
+        return None
+    default = next((item for item in found if item.name == DEFAULT_INTERFACE), found[0])
     return cri.NetworkUsage(timestamp=at, default_interface=default, interfaces=found)
 
 
@@ -133,8 +135,7 @@ def pod(
     linux = cri.LinuxPodSandboxStats(containers=[container(item, sample, mountpoint) for item in containers])
     if sample is not None:
         at, guest = sample.at_ns, sample.figures.guest
-        if config.namespaces.network is not NamespaceMode.NODE:  # those of the node are not the pod's
-            linux.network = _network(guest, at)
+        linux.network = _network(guest, at)
         if guest.containers is not None:
             linux.cpu = _cpu(guest.containers, sample.nano_cores.get(""), at)
             linux.memory = _memory(guest.containers, at)

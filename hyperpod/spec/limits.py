@@ -14,6 +14,7 @@ MIB = 1 << 20
 MAX_CPU = 8191
 """Linux: CONFIG_NR_CPUS is at most 8192."""
 
+MIN_SHARES = 2
 MAX_UNIFIED = 64
 MAX_UNIFIED_VALUE = 4096
 """Bytes: a cgroup file takes a page at most."""
@@ -104,7 +105,8 @@ def fit(where: str, resources: LinuxResources, size: VmSize | None) -> LinuxReso
 def oci(resources: LinuxResources) -> dict[str, Any]:
     """Their form in linux.resources; what is unset stays unset."""
     cpu = {
-        "shares": resources.cpu_shares,
+        # The kernel's least; crun's way to a weight of cgroup v2 begins there.
+        "shares": max(resources.cpu_shares, MIN_SHARES) if resources.cpu_shares else 0,
         "quota": resources.cpu_quota,
         "period": resources.cpu_period,
         "cpus": resources.cpuset_cpus,

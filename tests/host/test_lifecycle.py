@@ -124,6 +124,52 @@ async def test_limits_and_figures(cri_client: Cri, pod: str) -> None:
     assert default.name == "eth0"
 
 
+async def test_a_cpu_quota_and_its_end(cri_client: Cri, pod: str) -> None:
+    """What a kubelet sends for a container with CPUs of its own: -1, also at first."""
+
+    async def update(container: str, **resources: object) -> None:
+        linux = cri.LinuxContainerResources(**resources)  # type: ignore[arg-type]
+        request = cri.UpdateContainerResourcesRequest(container_id=container, linux=linux)
+        await cri_client.runtime.update_container_resources(request)
+
+    def limited(quota: int) -> cri.LinuxContainerConfig:
+        return cri.LinuxContainerConfig(
+            resources=cri.LinuxContainerResources(cpu_quota=quota, cpu_period=100_000)
+        )
+
+    free = await cri_client.sh(pod, "sleep 600", linux=limited(-1))
+    bound = await cri_client.sh(pod, "sleep 600", linux=limited(20_000))
+    [above] = [path for path in cri_client.daemon.cgroups() if "/cpu/" in path]
+    for container, quota in ((free, -1), (bound, 20_000)):
+        file = Path(above) / "pod" / container / "cpu.cfs_quota_us"
+        assert int(file.read_text()) == quota
+        await update(container, cpu_quota=30_000)
+        assert int(file.read_text()) == 30_000
+        await update(container, cpu_quota=-1)
+        assert int(file.read_text()) == -1
+        await update(container, cpu_shares=512)
+        assert int(file.read_text()) == -1
+
+
+@pytest.mark.skipif(Path("/sys/fs/cgroup/cgroup.controllers").exists(), reason="this host has cgroup v2")
+async def test_files_of_cgroup_v2_are_refused_where_there_is_v1(cri_client: Cri, pod: str) -> None:
+    linux = cri.LinuxContainerResources(unified={"memory.high": "1"})
+    with pytest.raises(GRPCError) as info:
+        await cri_client.create(pod, "true", linux=cri.LinuxContainerConfig(resources=linux))
+    assert info.value.status is Status.INVALID_ARGUMENT
+    assert "unified" in str(info.value.message)
+    container = await cri_client.sh(pod, "sleep 600")
+    request = cri.UpdateContainerResourcesRequest(container_id=container, linux=linux)
+    with pytest.raises(GRPCError) as info:
+        await cri_client.runtime.update_container_resources(request)
+    assert info.value.status is Status.INVALID_ARGUMENT
+    await cri_client.runtime.update_container_resources(
+        cri.UpdateContainerResourcesRequest(
+            container_id=container, linux=cri.LinuxContainerResources(cpu_shares=3)
+        )
+    )
+
+
 async def test_which_place_is_told(cri_client: Cri, pod: str) -> None:
     reply = await cri_client.runtime.pod_sandbox_status(
         cri.PodSandboxStatusRequest(pod_sandbox_id=pod, verbose=True)

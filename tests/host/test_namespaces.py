@@ -103,6 +103,9 @@ async def test_the_hosts_network(cri_client: Cri) -> None:
     stats = await cri_client.runtime.pod_sandbox_stats(cri.PodSandboxStatsRequest(pod_sandbox_id=pod))
     assert stats.stats is not None and stats.stats.linux is not None
     assert stats.stats.linux.network is None, "the node's traffic is not the pod's"
+    metrics = await cri_client.runtime.list_pod_sandbox_metrics(cri.ListPodSandboxMetricsRequest())
+    [told] = [item for item in metrics.pod_metrics if item.pod_sandbox_id == pod]
+    assert told.metrics == [] and len(told.container_metrics) == 1
 
 
 async def test_a_network_of_its_own(cri_client: Cri) -> None:

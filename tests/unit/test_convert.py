@@ -392,7 +392,10 @@ def test_credentials_are_taken_whole_and_hidden() -> None:
 
 @pytest.mark.parametrize(
     ("user", "uid", "name"),
-    [("", None, ""), ("0", 0, ""), ("1000:5", 1000, ""), ("www:www", None, "www")],
+    [
+        *(("", None, ""), ("0", 0, ""), ("1000:5", 1000, ""), ("www:www", None, "www")),
+        *((name, None, name) for name in ("9" * 25, str(2**64 + 1000), "\u0663", "-5")),
+    ],
 )
 def test_the_images_user(user: str, uid: int | None, name: str) -> None:
     item = Image(id=IMAGE_ID, size=1, layers=(), config=ImageConfig(user=user))

@@ -126,6 +126,21 @@ def test_a_lying_guest_has_few_interfaces_and_little_memory(
     assert got.memory_total <= MOST.memory
 
 
+def test_a_lying_guest_s_names_are_told_once() -> None:
+    """Prometheus would take neither of two series with the same labels."""
+    twice = [v1.InterfaceStats(name=name, rx_bytes=n) for n, name in enumerate(("eth0", "a", "eth0"))]
+    got = figures.guest(v1.GuestStats(interfaces=twice), MOST)
+    assert sorted(item.name for item in got.interfaces) == ["a", "eth0"]
+    pages = [v1.HugetlbStats(page_size="2MB", usage=n) for n in range(3)]
+    details = figures.details(v1.DetailStats(hugetlb=pages), MOST)
+    assert details is not None and [size for size, _, _ in details.hugetlb] == ["2MB"]
+
+
+def test_the_node_s_interfaces_are_not_a_pod_s() -> None:
+    stats = v1.GuestStats(interfaces=[v1.InterfaceStats(name="eth0")])
+    assert figures.guest(stats, dataclasses.replace(MOST, interfaces=0)).interfaces == ()
+
+
 @pytest.mark.parametrize("name", ["", "x" * 16, "a/b", "a b", "\x1b[m", "é", "a\n"])
 def test_names_that_are_none(name: str) -> None:
     with pytest.raises(GuestError):

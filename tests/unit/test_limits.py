@@ -128,6 +128,10 @@ def test_the_form_for_crun() -> None:
     assert limits.oci(LinuxResources(memory_swap_limit=6)) == {}, "crun refuses swap without a memory limit"
 
 
+def test_fewer_shares_than_the_kernel_has_are_its_fewest() -> None:
+    assert limits.oci(LinuxResources(cpu_shares=1)) == {"cpu": {"shares": 2}}
+
+
 def test_from_the_request() -> None:
     pages = [cri.HugepageLimit(page_size="2MB", limit=0), cri.HugepageLimit(page_size="1GB", limit=1 << 30)]
     got = convert.resources("r", cri.LinuxContainerResources(hugepage_limits=pages))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from hyperpod.agentclient import figures
@@ -132,6 +133,9 @@ def test_statistics() -> None:
     assert whole.linux.network.default_interface.name == "eth0"
     assert whole.linux.process is not None
     assert whole.linux.process.process_count == cri.UInt64Value(value=6)
+    alone = replace(sample.figures, guest=replace(sample.figures.guest, interfaces=()))
+    bare = stats_replies.pod(sandbox, containers, replace(sample, figures=alone), "/m")
+    assert bare.linux is not None and bare.linux.network is None, "kubelets count on a default interface"
     silent = stats_replies.pod(sandbox, containers, None, "/m")
     assert silent.linux is not None and silent.linux.cpu is None
     assert [c.cpu for c in silent.linux.containers] == [None, None]

@@ -109,6 +109,15 @@ def test_what_a_kubelet_sends_for_a_plain_pod_passes() -> None:
     )
 
 
+def test_what_a_kubelet_on_cgroup_v2_sends_with_every_pod_passes() -> None:
+    resources = cri.LinuxContainerResources(
+        cpu_period=100_000, cpu_shares=2, unified={"memory.oom.group": "1"}
+    )
+    linux = cri.LinuxPodSandboxConfig(resources=resources, overhead=resources)
+    refusal.refuse(cri.RunPodSandboxRequest(config=cri.PodSandboxConfig(linux=linux)))
+    refusal.refuse(cri.UpdatePodSandboxResourcesRequest(resources=resources, overhead=resources))
+
+
 def test_what_is_listed_is_named() -> None:
     config = cri.ContainerConfig(CDI_devices=[cri.CdiDevice(name="vendor.com/gpu=0")])
     with pytest.raises(Unsupported, match=r"is set \('vendor.com/gpu=0'\)"):
