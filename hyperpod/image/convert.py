@@ -1,7 +1,7 @@
 """Layer blobs to block images in the store's layers folder, by the confined worker.
 
-A layer file is named by the digest of the uncompressed tar that the worker computed. A layer that is here
-already is not built again, but its blob was fetched with this pull's credentials and is verified all the
+A layer file is named by the digest of the uncompressed tar that the worker computed (naming.py). A layer that
+is here already is not built again, but its blob was fetched with this pull's credentials and is verified all the
 same: knowing a diff id gives nobody a layer.
 """
 
@@ -13,8 +13,10 @@ import fcntl
 import json
 import logging
 import os
+import re
 import stat
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,17 @@ import hyperpod
 from hyperpod import errors
 from hyperpod.errors import HyperpodError, ImageError, NotFound, ResourceExhausted
 from hyperpod.image.manifest import Blob
+from hyperpod.image.naming import layer_file, layer_name
 from hyperpod.image.process import run
 from hyperpod.image.settings import ImageSettings
 from hyperpod.logs import printable
 from hyperpod.model.images import LayerRef
 
 log = logging.getLogger(__name__)
-SUFFIX = ".squashfs"
 _OUTPUT = "layer.img"
+_TREE = "tree"
 _LINE = 4 << 20
+_VARIANT = re.compile(r"[0-9a-f]{64}")
 _CODE = str(Path(hyperpod.__file__).parent.parent)
 
 
@@ -41,6 +45,13 @@ class Converted:
 
     layer: LayerRef
     size: int
+    opaque_root: bool
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Verified; not built, as some of its folders are what the layers below it say (spec/parents.py)."""
+
     opaque_root: bool
 
 
@@ -109,39 +120,49 @@ async def work(
 
 
 class LayerFiles:
-    """The layers folder: files `<hex of the diff id>.squashfs`, mode 0440."""
+    """The layers folder: files named by naming.py, mode 0440."""
 
     def __init__(self, root: Path, settings: ImageSettings) -> None:
         self.root, self._settings = root, settings
         self._slots = asyncio.Semaphore(settings.max_concurrent_conversions)
         self._locks: dict[str, asyncio.Lock] = {}
 
-    def path(self, diff_id: str) -> Path:
-        return self.root / f"{diff_id.removeprefix('sha256:')}{SUFFIX}"
-
     async def ensure(
-        self, blob: Path, declared: Blob | None, diff_id: str, folder: Path, what: str
-    ) -> Converted:
-        """Verify the blob and have its layer file. `declared` None: an archive, which has no blob digests."""
+        self,
+        blob: Path,
+        declared: Blob | None,
+        diff_id: str,
+        folder: Path,
+        *,
+        what: str,
+        below: Sequence[Path] | None,
+    ) -> Converted | Waiting:
+        """Verify the blob and have its layer file. `declared` None: an archive, which has no blob digests.
+
+        `below`: folders that the layers below it were converted in, topmost first; None: they are not yet."""
         fd = await asyncio.to_thread(open_blob, blob, declared.size if declared else None, what)
         try:
             lock = self._locks.setdefault(diff_id, asyncio.Lock())
             async with lock, self._slots:
-                return await self._ensure(fd, declared, diff_id, folder, what)
+                await asyncio.to_thread(self._give, folder)
+                job = self._job(declared, diff_id, below)
+                return await self._convert(fd, job, folder, what)
         finally:
             os.close(fd)
 
-    async def _ensure(
-        self, fd: int, declared: Blob | None, diff_id: str, folder: Path, what: str
-    ) -> Converted:
-        limits, path = self._settings.limits, self.path(diff_id)
-        fresh = not path.exists()
+    def _give(self, folder: Path) -> None:
         folder.mkdir(mode=0o700)
         os.chown(folder, self._settings.uid, self._settings.gid)
-        job = {
-            "mode": "build" if fresh else "check",
+
+    def _job(self, declared: Blob | None, diff_id: str, below: Sequence[Path] | None) -> dict[str, Any]:
+        limits = self._settings.limits
+        return {
+            "mode": "convert",
             "diff_id": diff_id,
             "blob_digest": declared.digest if declared else "",
+            "layers": str(self.root),
+            "below": None if below is None else [str(one / _TREE) for one in below],
+            "tree": _TREE,
             "output": _OUTPUT,
             "compressor": self._settings.compressor,
             "max_layer": limits.max_layer,
@@ -150,13 +171,22 @@ class LayerFiles:
             "max_entries": limits.max_entries,
             "max_metadata": limits.max_metadata,
         }
+
+    async def _convert(self, fd: int, job: dict[str, Any], folder: Path, what: str) -> Converted | Waiting:
         result = await work(fd, job, folder, self._settings, what)
-        if fresh:
+        opaque_root = result["opaque_root"] is True
+        if result["waits"] is True:
+            return Waiting(opaque_root)
+        diff_id, variant = str(job["diff_id"]), str(result["variant"])
+        if variant and not _VARIANT.fullmatch(variant):
+            raise ImageError(f"{what}: the converter answered nonsense")
+        path, built = self.root / layer_file(diff_id, variant), result["built"] is True
+        if built:
             await asyncio.to_thread(self._install, folder / _OUTPUT, path)
         file_size = path.stat().st_size
-        log.info("%s: %s, %d bytes", what, "built" if fresh else "here already, verified", file_size)
-        layer = LayerRef(name=diff_id, file=path.name, size=file_size)
-        return Converted(layer, int(result["size"]), result["opaque_root"] is True)
+        log.info("%s: %s, %d bytes", what, "built" if built else "here already, verified", file_size)
+        layer = LayerRef(name=layer_name(diff_id, variant), file=path.name, size=file_size)
+        return Converted(layer, int(result["size"]), opaque_root)
 
     def _install(self, built: Path, path: Path) -> None:
         """Move exactly the file that was checked, whatever its owner does to the name meanwhile.

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,10 @@ from hyperpod.errors import NotFound, ResourceExhausted
 from hyperpod.image.archive import images as images_of
 from hyperpod.image.archive import open_source
 from hyperpod.image.catalog import Catalog
-from hyperpod.image.convert import Converted, LayerFiles
+from hyperpod.image.convert import Converted, LayerFiles, Waiting
 from hyperpod.image.disk import ImageFsUsage, StoreDisk
 from hyperpod.image.manifest import digest_of
+from hyperpod.image.naming import diff_of
 from hyperpod.image.pull import Pull, StagedImage
 from hyperpod.image.reference import Reference, parse
 from hyperpod.image.settings import ImageSettings
@@ -64,7 +65,7 @@ class ImageStore:
         self._leases: dict[str, dict[str, tuple[LayerRef, ...]]] = {}
         """Owner to image id to layers."""
         self._pins: Counter[str] = Counter()
-        """Layer files of pulls at work, which have no record yet."""
+        """Diff ids of pulls at work: their layer files have no record yet."""
         self._carried: set[str] = set()
         """Images that were removed before this start, kept for the leases that come back until `collect`."""
 
@@ -169,7 +170,7 @@ class ImageStore:
 
     async def _install(self, staged: StagedImage, names: tuple[Reference, ...], folder: Path) -> Image:
         """Build the layers, write the record, announce. Nothing is left of an image that fails."""
-        pinned = [self._files.path(diff_id).name for _, _, diff_id in staged.layers]
+        pinned = [diff_id for _, _, diff_id in staged.layers]
         self._pins.update(pinned)
         try:
             converted = await self._build(staged, Path(tempfile.mkdtemp("", "layers-", folder)))
@@ -189,21 +190,20 @@ class ImageStore:
         return known.image
 
     async def _build(self, staged: StagedImage, work: Path) -> builtins.list[Converted]:
+        """All layers side by side; then those that have to know the layers below them."""
         work.chmod(0o711)
-        count = len(staged.layers)
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(
-                        self._files.ensure(
-                            path, blob, diff_id, work / str(n), f"{staged.what}: layer {n + 1} of {count}"
-                        )
-                    )
-                    for n, (path, blob, diff_id) in enumerate(staged.layers)
-                ]
-        except BaseExceptionGroup as exc:
-            raise exc.exceptions[0] from None
-        return [task.result() for task in tasks]
+        made: dict[int, Converted | Waiting] = {}
+
+        async def convert(n: int, below: Sequence[int] | None, folder: str) -> None:
+            path, blob, diff_id = staged.layers[n]
+            what = f"{staged.what}: layer {n + 1} of {len(staged.layers)}"
+            folders = None if below is None else [work / str(one) for one in below]
+            made[n] = await self._files.ensure(path, blob, diff_id, work / folder, what=what, below=folders)
+
+        await _together(convert(n, None if n else (), str(n)) for n in range(len(staged.layers)))
+        waiting = [n for n, one in made.items() if isinstance(one, Waiting)]
+        await _together(convert(n, _seen_from(n, made), f"{n}-again") for n in waiting)
+        return [one for _, one in sorted(made.items()) if isinstance(one, Converted)]
 
     def _describe(
         self, staged: StagedImage, names: tuple[Reference, ...], converted: builtins.list[Converted]
@@ -280,8 +280,7 @@ class ImageStore:
         """Layer files that no record, lease or pull at work needs."""
         wanted = {layer.file for record in self._catalog.records() for layer in record.image.layers}
         wanted.update(layer.file for held in self._leases.values() for x in held.values() for layer in x)
-        wanted.update(name for name, count in self._pins.items() if count > 0)
-        return self._disk.orphans(wanted)
+        return [name for name in self._disk.orphans(wanted) if self._pins[diff_of(name)] <= 0]
 
     def _sweep_soon(self) -> None:
         if not self._orphans() and not self._unused():
@@ -299,3 +298,23 @@ class ImageStore:
             moved = self._disk.take_out(self._orphans())
         for path in moved:
             await asyncio.to_thread(path.unlink, missing_ok=True)
+
+
+async def _together(work: Iterable[Coroutine[None, None, None]]) -> None:
+    """Raises what the first one raises that fails; then the others are cancelled."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in work:
+                group.create_task(one)
+    except BaseExceptionGroup as exc:
+        raise exc.exceptions[0] from None
+
+
+def _seen_from(n: int, made: Mapping[int, Converted | Waiting]) -> builtins.list[int]:
+    """The layers below one that it does not hide and that are not hidden from it, topmost first."""
+    seen: builtins.list[int] = []
+    above = n
+    while above and not made[above].opaque_root:
+        above -= 1
+        seen.append(above)
+    return seen

@@ -16,18 +16,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from hyperpod.errors import HyperpodError, ImageError, ResourceExhausted
+from hyperpod.image.naming import layer_file
 from hyperpod.image.rootinode import set_root
 from hyperpod.image.stream import Blob
 from hyperpod.image.unpack import unpack
 from hyperpod.logs import printable
 from hyperpod.spec.layers import LayerTree, Plan
 from hyperpod.spec.layertar import Copy, emit
+from hyperpod.spec.parents import inherit, told
 from hyperpod.spec.tarindex import TarParser
 
 MEMORY = 4 << 30
@@ -175,13 +177,36 @@ def _write(out: int, data: bytes | bytearray | memoryview) -> None:
         view = view[os.write(out, view) :]
 
 
+def _trees(paths: Iterable[str]) -> Iterator[Iterator[bytes]]:
+    """What other layers told, one open file at a time."""
+    for path in paths:
+        with Path(path).open("rb") as tree:
+            yield _heeded(tree)
+
+
+def _heeded(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Tells the daemon that they pass."""
+    progress = Progress()
+    for number, line in enumerate(lines):
+        progress.at(number)
+        yield line
+
+
 def convert(job: dict[str, Any]) -> dict[str, Any]:
-    """Mode `build`: verify and build; mode `check`: verify only, for a layer that is here already."""
+    """Verify, and build unless the layer is here already. `waits`: not yet, it has to know the layers below it;
+    `variant`: what it has from them (spec/parents.py)."""
     blob = Blob(0)
     plan, size = index(blob, job)
-    if job["mode"] == "build":
+    with Path(job["tree"]).open("wb") as tree:
+        tree.writelines(_heeded(told(plan)))
+    answer = {"size": size, "opaque_root": plan.opaque_root, "waits": job["below"] is None and plan.implies}
+    if answer["waits"]:
+        return answer
+    variant = inherit(plan, _trees(job["below"] or ()))
+    built = not (Path(job["layers"]) / layer_file(job["diff_id"], variant)).exists()
+    if built:
         build(blob, plan, job)
-    return {"size": size, "opaque_root": plan.opaque_root}
+    return {**answer, "variant": variant, "built": built}
 
 
 def main() -> int:

@@ -23,7 +23,8 @@ class LayerRef(Record):
     """One layer of an image as a file of the store."""
 
     name: str
-    """`sha256:<hex>` of the uncompressed tar, computed here: its diff id."""
+    """`sha256:<hex>` of the uncompressed tar, computed here: its diff id; another one for a variant of the layer
+    (image/naming.py)."""
     file: str
     """File name below the store's layers folder."""
     fstype: str = "squashfs"

@@ -8,7 +8,8 @@ their place in the tar, and become overlayfs's own marks: a character device 0:0
 Order of the plan: folders before what they hold, entries without contents, files in the order of the stream
 (one forward pass serves them), hard links last.
 
-A parent folder that the layer does not mention is made root's with mode 0755, as its own tar says nothing.
+A parent folder that the layer does not mention is `implied`, and until parents.py has asked the layers below it,
+root's with mode 0755.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Node:
     children: dict[bytes, Node] | None = None
     whiteouts: set[bytes] | None = None
     opaque: bool = False
+    implied: bool = False
+    """A folder that only what lies below it tells of."""
     first: bytes = b""
     """Path that the plan gave it first."""
 
@@ -71,6 +74,18 @@ class Plan:
     links: list[tuple[bytes, bytes, Node]] = field(default_factory=list)
     ids: set[int] = field(default_factory=set)
     """uids and gids of all but the root."""
+
+    @property
+    def implies(self) -> bool:
+        """Layers below may have something to say of its folders."""
+        return any(node.implied for _, node in self.folders)
+
+    def bound_ids(self) -> None:
+        """Raises ResourceExhausted when the ids are too many for one image."""
+        if len(self.ids) > MAX_IDS - 2:
+            raise ResourceExhausted(
+                f"the layer has {len(self.ids)} different user and group ids, {MAX_IDS - 2} fit"
+            )
 
     @property
     def opaque_root(self) -> bool:
@@ -142,10 +157,7 @@ class LayerTree:
                     (plan.files if child.kind == FILE else plan.specials).append((full, child))
                     plan.ids.update((child.uid, child.gid))
             stack.extend(reversed(below))
-        if len(plan.ids) > MAX_IDS - 2:
-            raise ResourceExhausted(
-                f"the layer has {len(plan.ids)} different user and group ids, {MAX_IDS - 2} fit"
-            )
+        plan.bound_ids()
         plan.files.sort(key=lambda item: item[1].offset)
         return plan
 
@@ -191,6 +203,7 @@ class LayerTree:
                 raise ImageError(f"tar entry {show(entry.name)} has the {what} id {value}")
         if not (0 <= entry.major < 1 << 12 and 0 <= entry.minor < 1 << 20):
             raise ImageError(f"device {show(entry.name)} has the number {entry.major}:{entry.minor}")
+        node.implied = False
         node.mode = stat.S_IMODE(entry.mode)
         node.uid, node.gid = entry.uid, entry.gid
         node.mtime = min(max(entry.mtime, 0), MAX_TIME)
@@ -216,7 +229,7 @@ class LayerTree:
                 if not create:
                     return None
                 _check_name(part, where)
-                child = here.children[part] = self._node(FOLDER, children={})
+                child = here.children[part] = self._node(FOLDER, children={}, implied=True)
             if child.kind == FOLDER:
                 trail.append(child)
                 if len(trail) > MAX_DEPTH:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import subprocess
@@ -147,6 +148,50 @@ async def test_repeated_and_hidden_layers_are_left_out(state: Path) -> None:
     cut = kit.tar(Item(".wh..wh..opq"), Item("cut"))
     trees = await unpacked(state, two, cut, one, two, one)
     assert [sorted(p.name for p in tree.iterdir()) for tree in trees] == [["cut"], ["two"], ["one"]]
+
+
+async def test_folders_that_a_layer_only_implies_are_those_below(
+    state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tool that writes no entries for folders must not take /tmp, or somebody's home, away from its users."""
+    caplog.set_level(logging.INFO)
+    one = kit.tar(folder("tmp", 0o1777), folder("me", 0o700, uid=1000, gid=100), folder("plain"))
+    two = kit.tar(folder("tmp", 0o755))
+    above, top = kit.tar(Item("tmp/x"), Item("me/a/b"), Item("plain/c")), kit.tar(Item("tmp/y"))
+    built: dict[str, kit.Built] = {
+        "open": kit.image(one, above, top),
+        "closed": kit.image(two, above, top),
+        "hidden": kit.image(one, kit.tar(Item(".wh..wh..opq"), Item("z")), above, top),
+    }
+    async with opened(state) as store:
+        names: dict[str, list[str]] = {}
+        for name, image in built.items():
+            (loaded,) = await store.load(kit.write_layout(state / name, image, name))
+            names[name] = [layer.file for layer in loaded.layers]
+        assert (
+            names["closed"][1:]
+            == names["hidden"][1:]
+            == [f"{kit.sha256(x).removeprefix('sha256:')}.squashfs" for x in (above, top)]
+        )
+        assert not {*names["open"][1:]} & {*names["closed"]}
+        serials = [layer.name for image in store.list() for layer in image.layers]
+        assert len(set(serials)) == len(layer_files(state)) == 7
+        for number, file in enumerate(store.lease(built["open"].config_digest, "test")):
+            tree = state / f"tree{number}"
+            subprocess.run(["unsquashfs", "-q", "-n", "-d", tree, file.path], check=True, capture_output=True)
+            told = {p.name: p.stat() for p in tree.iterdir()}
+            assert {told["tmp"].st_mode & 0o7777} == {0o1777}
+            if number == 1:
+                home = told["me"]
+                assert (home.st_mode & 0o7777, home.st_uid, home.st_gid) == (0o700, 1000, 100)
+                assert told["plain"].st_mode & 0o7777 == 0o755 == (tree / "me/a").stat().st_mode & 0o7777
+        caplog.clear()
+        await store.load(state / "open")
+        assert sum("here already, verified" in record.message for record in caplog.records) == 3
+        store.release("test")
+        for built_image in (built["closed"], built["hidden"], built["open"]):
+            await store.remove(built_image.config_digest)
+        assert layer_files(state) == []
 
 
 BOMB = kit.tar(Item("zeros", bytes(8 << 20)))

@@ -168,6 +168,25 @@ async def test_an_image_as_a_volume(cri_client: Cri, pod: str) -> None:
     assert (await cri_client.exec(container, "touch", "/image/x")).exit_code == 1
 
 
+async def test_a_folder_that_a_layer_does_not_mention_stays_as_it_is(
+    cri_client: Cri, pod: str, tmp_path: Path
+) -> None:
+    home = imagekit.folder("me", 0o2750, uid=1000, gid=100)
+    built = imagekit.image(
+        busybox.layer(Path("/bin/busybox").read_bytes()),
+        imagekit.tar(imagekit.folder("tmp", 0o1777), home),
+        imagekit.tar(imagekit.Item("tmp/x"), imagekit.Item("me/y")),
+    )
+    path = imagekit.write_layout(tmp_path / "layout", built, "docker.io/library/implied:latest")
+    await cri_client.admin.load(LoadRequest(path=str(path)))
+    container = await cri_client.sh(
+        pod, "stat -c '%a %u %g' /tmp /me; ls /tmp /me", image=cri.ImageSpec(image="implied")
+    )
+    await cri_client.wait(container)
+    lines = [text for _, _, text in await cri_client.log(container)]
+    assert lines == ["1777 0 0", "2750 1000 100", "/me:", "y", "", "/tmp:", "x"]
+
+
 @pytest.mark.parametrize("with_users", [False, True])
 async def test_volumes_of_the_image_are_writable_below_a_read_only_root(
     cri_client: Cri, tmp_path: Path, with_users: bool
