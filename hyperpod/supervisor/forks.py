@@ -10,12 +10,15 @@ import sys
 import types
 
 # Neither shim nor agent needs them: betterproto2, asyncio and hashlib do without, as in a guest, and every child's
-# share of this process is smaller. betterproto2 asks for its own version by way of `email` and `zipfile`; whether
-# it fits the compiled messages the daemon sees, which has the same.
+# share of this process is smaller. betterproto2 and websockets load `email` and `zipfile` for their own version;
+# whether betterproto2's fits the compiled messages the daemon sees, which has the same.
 sys.modules.update(dict.fromkeys(("pydantic", "ssl", "_hashlib"), None))  # type: ignore[arg-type]
-_version = types.ModuleType("betterproto2._version")
-_version.__dict__.update(__version__="", check_compiler_version=lambda _: None)
-sys.modules[_version.__name__] = _version
+for _name, _values in (
+    ("betterproto2._version", {"__version__": "", "check_compiler_version": lambda _: None}),
+    ("websockets.version", {"version": ""}),
+):
+    sys.modules[_name] = types.ModuleType(_name)
+    vars(sys.modules[_name]).update(_values)
 
 import ctypes  # noqa: E402
 import gc  # noqa: E402

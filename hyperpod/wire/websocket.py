@@ -1,7 +1,8 @@
-"""WebSocket messages after the handshake, on wsproto: pieces in, frames out, pings and the closing answered.
+"""WebSocket messages after the handshake: pieces in, frames out, pings and the closing answered.
 
-Messages are passed on as they come, so their length does not matter; wsproto keeps no more than a frame's header
-and what it was fed last.
+wsproto reads and answers, but for the payloads of binary messages (`wsframes`), whose mask is taken off by an
+extension module: wsproto does that in Python. Messages are passed on as they come, so their length does not matter;
+no more is kept than a frame's header and what was fed last.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from wsproto.connection import Connection, ConnectionState, ConnectionType
-from wsproto.events import BytesMessage, CloseConnection, Ping, TextMessage
+from wsproto.events import CloseConnection, Ping, TextMessage
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import ProtocolError as WsprotoError
 
 from hyperpod.errors import ProtocolError
+from hyperpod.wire.wsframes import FrameSplitter, Masked
+
+try:
+    from websockets.speedups import apply_mask
+except ImportError:  # built without its extension module: the same in Python
+    from websockets.utils import apply_mask
 
 Buffer = bytes | bytearray | memoryview
 
@@ -39,6 +46,7 @@ class MessageCodec:
 
     def __init__(self) -> None:
         self._connection = Connection(ConnectionType.SERVER)
+        self._frames = FrameSplitter()
         self._out: list[Buffer] = []
         self._begun = False
         self.closed = False
@@ -50,32 +58,38 @@ class MessageCodec:
             return []
         pieces: list[Piece] = []
         try:
-            self._connection.receive_data(data)
-            for event in self._connection.events():
-                if isinstance(event, BytesMessage | TextMessage):
-                    pieces.append(self._piece(event))
-                elif isinstance(event, Ping):
-                    self._out.append(self._connection.send(event.response()))
-                elif isinstance(event, CloseConnection):
-                    self.closed = True
-                    if (
-                        self._connection.state is ConnectionState.OPEN
-                    ):  # wsproto's word for "cannot be parsed"
-                        self.close(CloseReason(event.code))
-                        raise ProtocolError(f"WebSocket: {event.reason}")
-                    if self._connection.state is ConnectionState.REMOTE_CLOSING:
-                        self._out.append(self._connection.send(event.response()))
+            for part in self._frames.feed(data):
+                if isinstance(part, Masked):
+                    pieces.append(self._piece(apply_mask(part.data, part.mask), last=part.last))
+                elif not self._by_wsproto(part, pieces):
                     break
-        except WsprotoError as exc:
-            self.close(CloseReason.PROTOCOL_ERROR)
+        except (WsprotoError, ProtocolError) as exc:
             self.closed = True
+            self.close(CloseReason.PROTOCOL_ERROR)
             raise ProtocolError(f"WebSocket: {exc}") from exc
         return pieces
 
-    def _piece(self, event: BytesMessage | TextMessage) -> Piece:
-        first, last = not self._begun, event.message_finished
-        self._begun = not last
-        data = event.data.encode() if isinstance(event, TextMessage) else bytes(event.data)
+    def _by_wsproto(self, data: memoryview, pieces: list[Piece]) -> bool:
+        """False: the peer has said goodbye. Raises ProtocolError."""
+        self._connection.receive_data(bytes(data))
+        for event in self._connection.events():
+            if isinstance(event, TextMessage):
+                pieces.append(self._piece(event.data.encode(), last=event.message_finished))
+            elif isinstance(event, Ping):
+                if self._connection.state is ConnectionState.OPEN:  # behind our goodbye nothing may go
+                    self._out.append(self._connection.send(event.response()))
+            elif isinstance(event, CloseConnection):
+                self.closed = True
+                if self._connection.state is ConnectionState.OPEN:  # wsproto's word for "cannot be parsed"
+                    self.close(CloseReason(event.code))
+                    raise ProtocolError(event.reason or "it cannot be parsed")
+                if self._connection.state is ConnectionState.REMOTE_CLOSING:
+                    self._out.append(self._connection.send(event.response()))
+                return False
+        return True
+
+    def _piece(self, data: bytes, *, last: bool) -> Piece:
+        first, self._begun = not self._begun, not last
         return Piece(data, first, last)
 
     def message(self, parts: Sequence[Buffer]) -> None:

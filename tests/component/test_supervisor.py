@@ -293,6 +293,20 @@ def offspring(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def test_what_the_nursery_loads() -> None:
+    """Every shim and host agent has its share of it."""
+    lines = (
+        "from hyperpod.supervisor.forks import *",
+        "children.preload()",
+        "print(*filter(sys.modules.get, sys.modules))",
+    )
+    loaded = set(
+        subprocess.check_output([sys.executable, "-c", "\n".join(lines)], text=True, cwd=ROOT).split()
+    )
+    assert loaded >= {"hyperpod.shim.main", "hyperpod.agent.main", "websockets.speedups"}
+    assert not loaded & {"pydantic", "ssl", "_hashlib", "email", "zipfile", "importlib.metadata"}
+
+
 async def test_a_killed_nursery_is_replaced() -> None:
     with supervisor() as parent:
         async with pod(parent) as one:

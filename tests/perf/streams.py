@@ -32,7 +32,7 @@ from tests.daemonkit import BUSYBOX, ROOT, Cri
 from tests.host.conftest import host_daemon_of
 from tests.perf import containerd
 from tests.perf.report import Figure, number, progress, spread, table
-from tests.shimkit import cmdline, processes
+from tests.shimkit import cmdline, processes, until
 from tests.streamkit import ALL, OUT, Command, WebSocket, exit_code
 
 PIECE = bytes(32 * 1024)
@@ -141,7 +141,8 @@ class _Pod:
         )  # fmt: skip
         container = (await client.runtime.create_container(request)).container_id
         await client.start(container)
-        sleeper = _one(pid for pid in processes() if seconds.encode() in cmdline(pid).split(b"\0"))
+        until(lambda: _having(seconds))  # it was crun until it became the program
+        [sleeper] = _having(seconds)
         groups = Path(f"/proc/{sleeper}/cgroup").read_text().splitlines()
         path = next(line.split(":", 2) for line in groups if "cpuacct" in line or line.startswith("0::"))
         mounted = Path("/sys/fs/cgroup/cpuacct" if path[1] else "/sys/fs/cgroup")
@@ -272,6 +273,10 @@ async def _plain(port: int, size: int) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     assert await _count(lambda: reader.read(1 << 18)) == size
     writer.close()
+
+
+def _having(word: str) -> list[int]:
+    return [pid for pid in processes() if word.encode() in cmdline(pid).split(b"\0")]
 
 
 def _one(found: Iterable[int]) -> int:

@@ -169,6 +169,15 @@ def test_websocket_v5() -> None:
     assert client.say(CloseConnection(1000)) == [Left()]
 
 
+def test_a_ping_behind_our_goodbye_breaks_nothing() -> None:
+    """client-go pings all the time, also while it has yet to read how the command ended."""
+    client = WebClient(WebSocketCommand("v5.channel.k8s.io", ALL))
+    client.session.finish(Outcome(0))
+    assert client.say(Ping(b"there?"), Ping()) == [Ready()]
+    assert client.hear() == [b"\x01", b'\x03{"metadata":{},"status":"Success"}', 1000]
+    assert client.say(CloseConnection(1000)) == [Left()]
+
+
 def test_websocket_v4_has_no_close_signal() -> None:
     client = WebClient(WebSocketCommand("v4.channel.k8s.io", Wanted(stdout=True, stdin=True)))
     assert client.say(BytesMessage(b"\xff\x00"), TextMessage("\0text")) == [Ready(), Stdin(b"text")]
