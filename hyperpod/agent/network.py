@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import InvalidArgument
@@ -18,29 +18,41 @@ CARD_TIMEOUT = 5.0
 
 def configure(interfaces: Iterable[v1.NetworkInterface]) -> None:
     """Blocking, some milliseconds. Safe to repeat. Raises InvalidArgument naming the interface."""
+    found: list[tuple[v1.NetworkInterface, rt.Link]] = []
     with Netlink() as netlink:
         for interface in interfaces:
-            try:
-                _configure(netlink, interface)
-            except (OSError, ValueError) as exc:
-                raise InvalidArgument(
-                    f"interface {interface.name[:40]} ({interface.mac[:40]}): {exc}"
-                ) from exc
+            with _named(interface):
+                card = _find(netlink, interface.mac, [other.index for _, other in found])
+                found.append((interface, card))
+                if card.name != interface.name:  # which may be another card's still
+                    netlink.do("down", rt.set_link, card.index, up=False)
+                    netlink.do("its name", rt.set_link, card.index, name=f"card{card.index}")
+        for interface, card in found:
+            with _named(interface):
+                if card.name != interface.name:
+                    netlink.do("its name", rt.set_link, card.index, name=interface.name)
+                _configure(netlink, interface, card)
+
+
+@contextlib.contextmanager
+def _named(interface: v1.NetworkInterface) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as exc:
+        raise InvalidArgument(f"interface {interface.name[:40]} ({interface.mac[:40]}): {exc}") from exc
 
 
 def move(interfaces: Iterable[v1.NetworkInterface], namespace: int) -> None:
     """The cards into another network namespace, before they are configured. Raises OSError."""
+    moved: list[int] = []
     with Netlink() as netlink:
         for interface in interfaces:
-            card = _find(netlink, interface.mac)
+            card = _find(netlink, interface.mac, moved)
+            moved.append(card.index)
             netlink.do(f"moving {card.name}", rt.set_link, card.index, namespace=namespace)
 
 
-def _configure(netlink: Netlink, interface: v1.NetworkInterface) -> None:
-    card = _find(netlink, interface.mac)
-    if card.name != interface.name:
-        netlink.do("down", rt.set_link, card.index, up=False)
-        netlink.do("its name", rt.set_link, card.index, name=interface.name)
+def _configure(netlink: Netlink, interface: v1.NetworkInterface, card: rt.Link) -> None:
     # No router of the outside may add to what the plugins gave, and no address waits for its detection.
     for setting in ("accept_ra", "accept_dad"):
         path = f"/proc/sys/net/ipv6/conf/{interface.name}/{setting}"
@@ -56,14 +68,16 @@ def _configure(netlink: Netlink, interface: v1.NetworkInterface) -> None:
         entry = rt.Neighbour(card.index, family, address, neighbour.mac)
         netlink.do(f"neighbour {neighbour.address}", rt.new_neighbour, entry)
     for route in interface.routes:
-        netlink.do(f"route {route.destination}", rt.new_route, _route(route, card.index))
+        with contextlib.suppress(FileExistsError):  # of a Hello before
+            netlink.do(f"route {route.destination}", rt.new_route, _route(route, card.index))
 
 
-def _find(netlink: Netlink, mac: str) -> rt.Link:
+def _find(netlink: Netlink, mac: str, taken: Sequence[int]) -> rt.Link:
+    """The next card with this address: those of ipvlan have one and the same."""
     deadline = time.monotonic() + CARD_TIMEOUT
     while True:
         for link in netlink.links():
-            if link.kind == rt.ARPHRD_ETHER and link.mac == mac.lower():
+            if link.kind == rt.ARPHRD_ETHER and link.mac == mac.lower() and link.index not in taken:
                 return link
         if time.monotonic() > deadline:
             raise OSError("no such network card")
@@ -92,4 +106,6 @@ def _route(item: v1.Route, index: int) -> rt.Route:
         source=_network(item.source)[1] if item.source else b"",
         metric=item.metric,
         onlink=item.onlink,
+        mtu=item.mtu,
+        advmss=item.advmss,
     )

@@ -80,6 +80,8 @@ class GuestRoute(Record):
     source: str = ""
     metric: int = 0
     onlink: bool = False
+    mtu: int = 0
+    advmss: int = 0
 
 
 class GuestNeighbour(Record):

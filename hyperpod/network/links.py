@@ -68,12 +68,12 @@ def _link_local(family: int, address: bytes) -> bool:
 
 
 def _ordered(routes: list[rt.Route], index: int) -> list[rt.Route]:
-    """Those of one link that the guest's kernel does not make by itself; gateways come after the ways to them."""
+    """Those of one link that the guest does not make by itself; gateways come after the ways to them."""
     own = [
         route
         for route in routes
         if route.index == index
-        and route.protocol not in (rt.RTPROT_KERNEL, _RTPROT_RA)
+        and route.protocol != _RTPROT_RA
         and not _link_local(route.family, route.destination)
     ]
     return sorted(own, key=lambda route: bool(route.gateway))
@@ -87,6 +87,8 @@ def _route(route: rt.Route) -> GuestRoute:
         source=_text(route.source) if route.source else "",
         metric=route.metric,
         onlink=route.onlink,
+        mtu=route.mtu,
+        advmss=route.advmss,
     )
 
 

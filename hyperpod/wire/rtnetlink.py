@@ -16,12 +16,12 @@ RTM_NEWADDR, RTM_GETADDR = 20, 22
 RTM_NEWROUTE, RTM_GETROUTE = 24, 26
 RTM_NEWNEIGH, RTM_GETNEIGH = 28, 30
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
-NLM_F_REPLACE, NLM_F_CREATE = 0x100, 0x400
+NLM_F_REPLACE, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x400, 0x800
 
 AF_UNSPEC, AF_INET, AF_INET6 = 0, 2, 10
 IFF_UP = 0x1
 ARPHRD_ETHER = 1
-IFA_F_NODAD, IFA_F_PERMANENT = 0x02, 0x80
+IFA_F_NODAD, IFA_F_PERMANENT, IFA_F_NOPREFIXROUTE = 0x02, 0x80, 0x200
 RT_TABLE_MAIN = 254
 RTPROT_KERNEL, RTPROT_BOOT = 2, 3
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK = 0, 253
@@ -31,7 +31,9 @@ NUD_PERMANENT = 0x80
 
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_NET_NS_FD = 1, 3, 4, 28
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC = 1, 4, 5, 6, 7
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_PREFSRC, RTA_METRICS = 1, 4, 5, 6, 7, 8
+RTA_MULTIPATH, RTA_VIA = 9, 18
+RTAX_MTU, RTAX_ADVMSS = 2, 8
 NDA_DST, NDA_LLADDR = 1, 2
 
 _HEADER = struct.Struct("=IHHII")
@@ -88,6 +90,9 @@ class Route:
     metric: int = 0
     protocol: int = RTPROT_BOOT
     onlink: bool = False
+    mtu: int = 0
+    advmss: int = 0
+    """The largest TCP segment that is offered to the other end, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -149,14 +154,18 @@ def set_link(
 
 
 def new_address(seq: int, address: Address) -> bytes:
-    """IPv6 addresses do not wait for duplicate address detection: the plugins' address is the pod's alone."""
-    flags = IFA_F_PERMANENT | (IFA_F_NODAD if address.family == AF_INET6 else 0)
-    body = _ADDR.pack(address.family, address.prefix, flags, address.scope, address.index)
+    """IPv6 addresses do not wait for duplicate address detection: the plugins' address is the pod's alone.
+
+    The kernel makes no route to the prefix: some plugins (ptp) want it to lead elsewhere."""
+    flags = IFA_F_PERMANENT | IFA_F_NOPREFIXROUTE | (IFA_F_NODAD if address.family == AF_INET6 else 0)
+    body = _ADDR.pack(address.family, address.prefix, flags & 0xFF, address.scope, address.index)
     body += _attribute(IFA_LOCAL, address.address) + _attribute(IFA_ADDRESS, address.address)
+    body += _u32(IFA_FLAGS, flags)
     return message(RTM_NEWADDR, NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, seq, body)
 
 
 def new_route(seq: int, route: Route) -> bytes:
+    """One more, also where another interface has one to the same network; one that is there is EEXIST."""
     scope = RT_SCOPE_UNIVERSE if route.gateway or route.family == AF_INET6 else RT_SCOPE_LINK
     flags = RTNH_F_ONLINK if route.onlink else 0
     body = _ROUTE.pack(
@@ -170,8 +179,11 @@ def new_route(seq: int, route: Route) -> bytes:
         body += _attribute(RTA_PREFSRC, route.source)
     if route.metric:
         body += _u32(RTA_PRIORITY, route.metric)
+    metrics = ((RTAX_MTU, route.mtu), (RTAX_ADVMSS, route.advmss))
+    if nested := b"".join(_u32(kind, value) for kind, value in metrics if value):
+        body += _attribute(RTA_METRICS, nested)
     body += _u32(RTA_OIF, route.index)
-    return message(RTM_NEWROUTE, NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, seq, body)
+    return message(RTM_NEWROUTE, NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_APPEND, seq, body)
 
 
 def new_neighbour(seq: int, neighbour: Neighbour) -> bytes:
@@ -248,10 +260,13 @@ def read_address(message: Message) -> Address:
 
 
 def read_route(message: Message) -> Route | None:
-    """None for what is not a plain unicast route of the main table."""
+    """None for what is not a plain unicast route of the main table, with one gateway of its own family at most."""
     (family, prefix, _, _, table, protocol, _, kind, flags), attributes = _unpack(_ROUTE, message)
     if table != RT_TABLE_MAIN or kind != RTN_UNICAST or family not in (AF_INET, AF_INET6):
         return None
+    if RTA_MULTIPATH in attributes or RTA_VIA in attributes:
+        return None
+    metrics = _attributes(attributes.get(RTA_METRICS, b""))
     return Route(
         family=family,
         destination=attributes.get(RTA_DST, b""),
@@ -262,6 +277,8 @@ def read_route(message: Message) -> Route | None:
         metric=_number(attributes, RTA_PRIORITY),
         protocol=protocol,
         onlink=bool(flags & RTNH_F_ONLINK),
+        mtu=_number(metrics, RTAX_MTU),
+        advmss=_number(metrics, RTAX_ADVMSS),
     )
 
 

@@ -123,6 +123,8 @@ async def test_add_and_delete_with_debian_s_plugins(network: Network, namespaces
     assert {(route.destination, route.gateway) for route in interface.routes} == {
         ("0.0.0.0/0", f"{network.v4}.1"),
         ("::/0", f"{network.v6}:1"),
+        (f"{network.v4}.0/24", ""),
+        (f"{network.v6}:/64", ""),
     }
     assert any("31999" in line for line in network.leftovers()), "the leak check sees rules"
     await namespaces.run(path, lambda: subprocess.run(["ip", "link", "set", "eth0", "down"], check=True))

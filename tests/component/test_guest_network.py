@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hyperpod.agent import network
+from hyperpod.agentclient.client import _interface
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import InvalidArgument, NetworkError
 from hyperpod.model.network import GuestInterface, GuestNeighbour, GuestRoute
@@ -39,7 +40,7 @@ def interface(**more: object) -> v1.NetworkInterface:
         "neighbours": [v1.Neighbour(address="169.254.1.1", mac="ee:ee:ee:ee:ee:ee")],
         "routes": [
             v1.Route(destination="169.254.1.1/32"),
-            v1.Route(destination="0.0.0.0/0", gateway="169.254.1.1", source="10.7.0.5", metric=7),
+            v1.Route(destination="0.0.0.0/0", gateway="169.254.1.1", source="10.7.0.5", metric=7, mtu=1350),
             v1.Route(destination="::/0", gateway="fe80::1", onlink=True),
         ],
         **more,
@@ -61,11 +62,60 @@ async def test_a_card_becomes_the_interface(guest: Namespaces) -> None:
         addresses=("10.7.0.5/32", "fd00:7::5/64"),
         routes=(
             GuestRoute(destination="169.254.1.1/32"),
-            GuestRoute(destination="0.0.0.0/0", gateway="169.254.1.1", source="10.7.0.5", metric=7),
+            GuestRoute(destination="0.0.0.0/0", gateway="169.254.1.1", source="10.7.0.5", metric=7, mtu=1350),
             GuestRoute(destination="::/0", gateway="fe80::1", metric=1024, onlink=True),
         ),
         neighbours=(GuestNeighbour(address="169.254.1.1", mac="ee:ee:ee:ee:ee:ee"),),
     )
+
+
+CARD = """
+card() {  # name, MAC
+  ip link add $1 address 0a:00:00:00:00:$2 type veth peer name $3$1 netns $FAR
+  nsenter --net=$FAR ip link set $3$1 up; ip link set $1 up
+}
+v6() { ip addr add $1 dev ${2:-eth0} nodad; }
+"""
+"""The other ends are in a third namespace, as a pod's are the host's."""
+
+MADE = {
+    "a network on the link": "ip addr add 10.7.0.5/24 dev eth0; v6 fd00:7::5/64; "
+    "ip route add default via 10.7.0.1; ip route add default via fd00:7::1",
+    "a network behind a gateway, as ptp has it": "ip addr add 10.7.0.5/24 dev eth0; ip route del 10.7.0.0/24; "
+    "ip route add 10.7.0.1 dev eth0 src 10.7.0.5; ip route add 10.7.0.0/24 via 10.7.0.1 src 10.7.0.5; "
+    "v6 fd00:7::5/64; ip route del fd00:7::/64 dev eth0; ip route add fd00:7::1 dev eth0; "
+    "ip route add fd00:7::/64 via fd00:7::1",
+    "sizes of what leaves the node, as Cilium has it": "ip addr add 10.7.0.5/32 dev eth0; v6 fd00:7::5/128; "
+    "ip route add 10.7.0.1 dev eth0; ip route add default via 10.7.0.1 mtu 1350 advmss 1310; "
+    "ip route add fd00:7::1 dev eth0; ip route add default via fd00:7::1 mtu 1350",
+    "two cards in one network": "card eth1 02 p; ip addr add 10.7.0.5/24 dev eth0; v6 fd00:7::5/64; "
+    "ip addr add 10.7.0.6/24 dev eth1; v6 fd00:7::6/64 eth1; ip route add default via 10.7.0.1 dev eth0",
+    "names in another order": "card eth2 02 p; card eth1 03 p; ip addr add 10.7.0.5/24 dev eth0; "
+    "ip addr add 10.8.0.5/24 dev eth2; ip addr add 10.9.0.5/24 dev eth1",
+    "one MAC twice, as with ipvlan": "card eth1 01 p; ip addr add 10.7.0.5/24 dev eth0; "
+    "ip addr add 10.8.0.5/24 dev eth1",
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+async def test_the_guest_gets_what_the_plugins_made(tmp_path: Path, made: str) -> None:
+    """Read in one namespace, and made in another whose cards have the names that a kernel gives."""
+    namespaces = Namespaces(tmp_path / "run")
+    pod, guest, far = [await namespaces.make(digits * 32) for digits in ("ab", "cd", "ef")]
+    script, show = f"FAR={far}{CARD}", "ip -o route; ip -o -6 route | sed /^fe80/d"
+    try:
+        await shell(pod, f"{script} card eth0 01 p; {MADE[made]}")
+        wanted = await namespaces.run(pod, lambda: links.read_interfaces(GUEST))
+        cards = (f"card eth{i} {interface.mac[-2:]} g" for i, interface in enumerate(wanted))
+        await shell(guest, f"{script} {'; '.join(cards)}")
+        for _ in range(2):  # a second Hello changes nothing
+            await namespaces.run(guest, lambda: network.configure(map(_interface, wanted)))
+            assert await namespaces.run(guest, lambda: links.read_interfaces(GUEST)) == wanted
+        routes = [(await shell(path, show)).replace(" proto kernel", "") for path in (pod, guest)]
+        assert sorted(routes[1].splitlines()) == sorted(routes[0].splitlines())
+    finally:
+        for path in (pod, guest, far):
+            await namespaces.remove(path.name)
 
 
 async def test_no_address_waits_and_no_router_is_heard(guest: Namespaces) -> None:

@@ -45,6 +45,7 @@ def test_addresses_round_trip_and_ipv6_skips_detection() -> None:
         rt.Route(rt.AF_INET, bytes([169, 254, 1, 1]), 32, 2, metric=5),
         rt.Route(rt.AF_INET6, b"", 0, 2, bytes(15) + b"\1", onlink=True),
         rt.Route(rt.AF_INET, bytes(4), 8, 2, source=bytes([10, 0, 0, 7])),
+        rt.Route(rt.AF_INET, b"", 0, 2, bytes([10, 0, 0, 1]), mtu=1410, advmss=1370),
     ],
 )
 def test_routes_round_trip(route: rt.Route) -> None:
@@ -55,6 +56,15 @@ def test_a_route_without_gateway_is_of_the_link() -> None:
     scope = 16 + 6
     assert rt.new_route(1, rt.Route(rt.AF_INET, bytes(4), 8, 2))[scope] == rt.RT_SCOPE_LINK
     assert rt.new_route(1, rt.Route(rt.AF_INET, b"", 0, 2, b"\n\0\0\1"))[scope] == rt.RT_SCOPE_UNIVERSE
+
+
+@pytest.mark.parametrize("attribute", [rt.RTA_MULTIPATH, rt.RTA_VIA])
+def test_several_gateways_or_one_of_the_other_family_make_no_wrong_route(attribute: int) -> None:
+    """Read without them it would lead to the link itself."""
+    plain = parse(rt.new_route(1, rt.Route(rt.AF_INET, b"", 0, 2)))
+    more = plain.payload + struct.pack("=HH", 4, attribute)
+    assert rt.read_route(plain) is not None
+    assert rt.read_route(rt.Message(plain.type, 1, more)) is None
 
 
 def test_other_tables_and_kinds_are_no_routes() -> None:

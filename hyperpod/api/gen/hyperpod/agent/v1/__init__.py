@@ -518,6 +518,16 @@ class Route(betterproto2.Message):
     The gateway need not be in a network of the interface.
     """
 
+    mtu: "int" = betterproto2.field(6, betterproto2.TYPE_UINT32)
+    """
+    Of its packets, in bytes; 0: the interface's.
+    """
+
+    advmss: "int" = betterproto2.field(7, betterproto2.TYPE_UINT32)
+    """
+    Of the TCP segments asked for, in bytes; 0: the kernel's choice.
+    """
+
 
 default_message_pool.register_message("hyperpod.agent.v1", "Route", Route)
 
