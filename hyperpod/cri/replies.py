@@ -116,11 +116,12 @@ def _namespaces(options: NamespaceOptions) -> cri.NamespaceOption:
 
 
 def pod_status(
-    sandbox: Sandbox, containers: Iterable[Container], *, verbose: bool
+    sandbox: Sandbox, containers: Iterable[Container], *, verbose: bool, connected: bool = True
 ) -> cri.PodSandboxStatusResponse:
     """The options of the namespaces are the request's: the kubelet makes the sandbox anew otherwise.
 
-    A stopped pod has no `network`: nothing answers at its addresses."""
+    A stopped pod has no `network`: nothing answers at its addresses. A ready one that is not `connected` has an
+    empty one, as with other runtimes: the kubelet makes it anew."""
     config = sandbox.record.config
     options = _namespaces(config.namespaces)
     return cri.PodSandboxStatusResponse(
@@ -129,7 +130,7 @@ def pod_status(
             metadata=_pod_metadata(config.metadata),
             state=_pod_state(sandbox),
             created_at=sandbox.record.created_at,
-            network=_pod_network(sandbox),
+            network=_pod_network(sandbox, connected),
             linux=cri.LinuxPodSandboxStatus(namespaces=cri.Namespace(options=options)),
             labels=config.labels,
             annotations=config.annotations,
@@ -141,12 +142,14 @@ def pod_status(
     )
 
 
-def _pod_network(sandbox: Sandbox) -> cri.PodSandboxNetworkStatus | None:
+def _pod_network(sandbox: Sandbox, connected: bool) -> cri.PodSandboxNetworkStatus | None:
     network = sandbox.status.network
     if sandbox.ready and sandbox.record.config.namespaces.network is NamespaceMode.NODE:
         return cri.PodSandboxNetworkStatus()  # its addresses are the node's to tell
     if network is None or not sandbox.ready:
         return None
+    if not connected:
+        return cri.PodSandboxNetworkStatus()
     first, *others = network.addresses
     return cri.PodSandboxNetworkStatus(ip=first, additional_ips=[cri.PodIp(ip=ip) for ip in others])
 

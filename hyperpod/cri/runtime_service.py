@@ -133,7 +133,8 @@ class RuntimeService(cri.RuntimeServiceBase):
     async def pod_sandbox_status(self, message: cri.PodSandboxStatusRequest) -> cri.PodSandboxStatusResponse:
         sandbox = self._ports.sandboxes.get(message.pod_sandbox_id)
         containers = [container.view() for container in self._ports.containers.known.of(sandbox.id)]
-        reply = replies.pod_status(sandbox, containers, verbose=message.verbose)
+        connected = self._ports.networks.connected(sandbox.id)
+        reply = replies.pod_status(sandbox, containers, verbose=message.verbose, connected=connected)
         if message.verbose and (host := await self._ports.stats.host(sandbox.id)):
             reply.info["host"] = json.dumps(host)
         if message.verbose:

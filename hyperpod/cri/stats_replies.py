@@ -117,13 +117,16 @@ def _interface(figures: InterfaceFigures) -> cri.NetworkInterfaceUsage:
 
 
 def _network(guest: GuestFigures, at: int) -> cri.NetworkUsage | None:
-    """eth0 is the default interface, else the first one. Without one there is no message: the kubelet counts on a
-    default interface, and a guest can have moved its own away."""
+    """eth0 is the default interface, else the first one; `interfaces` has the others (api.proto).
+
+    Without one there is no message: the kubelet counts on a default interface, and a guest can have moved its own
+    away."""
     found = [_interface(figures) for figures in guest.interfaces]
     if not found:
         return None
     default = next((item for item in found if item.name == DEFAULT_INTERFACE), found[0])
-    return cri.NetworkUsage(timestamp=at, default_interface=default, interfaces=found)
+    others = [item for item in found if item is not default]
+    return cri.NetworkUsage(timestamp=at, default_interface=default, interfaces=others)
 
 
 def pod(

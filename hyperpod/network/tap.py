@@ -28,21 +28,16 @@ async def connect(namespaces: Namespaces, path: str, interfaces: Sequence[GuestI
         target = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             with Netlink() as netlink:
-                found = {link.name: link.index for link in netlink.links()}
-                for interface in interfaces:
-                    if (index := found.get(interface.tap)) is None:
-                        raise NetworkError(f"tap {interface.tap} is not there: has the VM ended?")
-                    netlink.do(f"moving {interface.tap}", rt.set_link, index, namespace=target)
+                for tap, index, _ in _taps(netlink, interfaces):
+                    netlink.do(f"moving {tap}", rt.set_link, index, namespace=target)
         finally:
             os.close(target)
 
     def raise_up() -> None:
         with Netlink() as netlink:
-            found = {link.name: link.index for link in netlink.links()}
-            for interface in interfaces:
-                tap = interface.tap
+            for tap, index, mtu in _taps(netlink, interfaces):
                 links.quiet(tap)
-                netlink.do(f"{tap} up", rt.set_link, found[tap], up=True, mtu=interface.mtu)
+                netlink.do(f"{tap} up", rt.set_link, index, up=True, mtu=mtu)
 
     try:
         await in_thread(f"taps-{interfaces[0].tap}", move)
@@ -50,6 +45,15 @@ async def connect(namespaces: Namespaces, path: str, interfaces: Sequence[GuestI
         raise NetworkError(f"the VM's tap cannot be moved into {path}: {exc}") from exc
     await namespaces.run(path, raise_up)
     await _redirect(path, interfaces)
+
+
+def _taps(netlink: Netlink, interfaces: Sequence[GuestInterface]) -> list[tuple[str, int, int]]:
+    """Name, index and MTU of each in the thread's namespace. Raises NetworkError for one that went with QEMU."""
+    found = {link.name: link.index for link in netlink.links()}
+    for interface in interfaces:
+        if interface.tap not in found:
+            raise NetworkError(f"tap {interface.tap} is not there: has the VM ended?")
+    return [(interface.tap, found[interface.tap], interface.mtu) for interface in interfaces]
 
 
 def batch(interfaces: Sequence[GuestInterface]) -> str:

@@ -100,6 +100,10 @@ class PodNetworks:
         await self.namespaces.remove(sandbox_id)
         await asyncio.to_thread(file.unlink, missing_ok=True)
 
+    def connected(self, sandbox_id: str) -> bool:
+        """Whether its namespace is there: without it, as when somebody has removed it, nobody reaches the pod."""
+        return self.namespaces.alive(str(self.namespaces.path(sandbox_id)))
+
     async def use_pod_cidr(self, pod_cidr: str) -> None:
         """Fill the template with the node's networks, unless another add-on's network is ready.
 

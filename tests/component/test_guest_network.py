@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -12,11 +14,12 @@ from hyperpod.agentclient.client import _interface
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import InvalidArgument, NetworkError
 from hyperpod.model.network import GuestInterface, GuestNeighbour, GuestRoute
-from hyperpod.network import links
+from hyperpod.network import links, tap
 from hyperpod.network.netns import Namespaces
 from tests.component.test_cni import shell
 
 GUEST = "ef" * 32
+T = TypeVar("T")
 
 
 @pytest.fixture
@@ -155,3 +158,18 @@ async def test_too_many_interfaces(guest: Namespaces) -> None:
     )
     with pytest.raises(NetworkError, match=r"7 interfaces; a VM takes 4"):
         await guest.run(path, lambda: links.read_interfaces(GUEST))
+
+
+async def test_a_tap_that_goes_with_qemu_while_it_is_joined(guest: Namespaces) -> None:
+    card = GuestInterface(name="enp1s0", mac="0a:00:00:00:00:01", mtu=1500, tap=links.tap_name(GUEST, 0))
+
+    class Late(Namespaces):
+        async def run(self, path: str | Path, call: Callable[[], T]) -> T:
+            await shell(Path(path), f"ip link del {card.tap}")
+            return await super().run(path, call)
+
+    subprocess.run(["ip", "tuntap", "add", card.tap, "mode", "tap"], check=True)
+    with pytest.raises(NetworkError, match=f"tap {card.tap} is not there: has the VM ended"):
+        await tap.connect(Late(guest.root.parent), str(guest.path(GUEST)), [card])
+    with pytest.raises(NetworkError, match=f"tap {card.tap} is not there: has the VM ended"):
+        await tap.connect(guest, str(guest.path(GUEST)), [card])

@@ -121,7 +121,9 @@ async def test_limits_and_figures(cri_client: Cri, pod: str) -> None:
     assert whole.stats is not None and whole.stats.linux is not None and whole.stats.linux.network is not None
     default = whole.stats.linux.network.default_interface
     assert default is not None
-    assert default.name == "eth0"
+    assert (default.name, whole.stats.linux.network.interfaces) == ("eth0", []), (
+        "the others, of which none is"
+    )
 
 
 async def test_a_cpu_quota_and_its_end(cri_client: Cri, pod: str) -> None:

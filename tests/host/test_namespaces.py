@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,19 @@ async def test_a_network_of_its_own(cri_client: Cri) -> None:
     assert config.hostname in seen.stdout.decode()
     assert Path("/proc/sys/kernel/shmmni").read_text().strip() != "99"
     assert container
+
+
+async def test_a_namespace_that_somebody_removes_is_no_network(cri_client: Cri) -> None:
+    """The kubelet makes a pod without an address anew."""
+    pod = await cri_client.run_pod()
+    netns = cri_client.daemon.run_dir / "netns" / pod[:12]
+    subprocess.run(["umount", netns], check=True)
+    netns.unlink()
+    reply = await cri_client.runtime.pod_sandbox_status(cri.PodSandboxStatusRequest(pod_sandbox_id=pod))
+    assert reply.status is not None and reply.status.network is not None
+    assert (reply.status.network.ip, reply.status.network.additional_ips) == ("", [])
+    await cri_client.remove_pod(pod)
+    assert cri_client.daemon.network.leftovers() == []
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from hyperpod.cri.runtime_service import RuntimeService
 from hyperpod.errors import HyperpodError, InvalidArgument, Unsupported
 from hyperpod.model.container import Container, ContainerConfig, ContainerRecord, ContainerStatus
 from hyperpod.model.images import Image, ImageConfig
+from hyperpod.model.network import PodNetwork
 from hyperpod.model.sandbox import Artifact, Sandbox, SandboxPhase, SandboxRecord, SandboxStatus, VmSize
 from hyperpod.model.security import Device, SeccompKind, SeccompProfile, User
 from hyperpod.rpc import strict
@@ -99,6 +100,17 @@ def test_the_sandbox_status_echoes_the_namespaces() -> None:
     assert (vm["size"]["memory_mib"], vm["kernel"], vm["domain"]) == (512, "6.12", "hp-ffffffffffff")
     assert "secret" not in str(reply.info)
     assert replies.pod_status(one, [], verbose=False).info == {}
+
+
+def test_a_pod_without_its_namespace_has_no_address() -> None:
+    """An empty network and not none: that is what a kubelet makes the pod anew for."""
+    one = sandbox()
+    network = PodNetwork(name="n", addresses=("10.0.0.5", "fd00::5"), interfaces=())
+    one = one.model_copy(update={"status": one.status.model_copy(update={"network": network})})
+    for connected, told in ((True, ["10.0.0.5", "fd00::5"]), (False, [""])):
+        status = replies.pod_status(one, [], verbose=False, connected=connected).status
+        assert status is not None and status.network is not None
+        assert [status.network.ip, *(item.ip for item in status.network.additional_ips)] == told
 
 
 @pytest.mark.parametrize("phase", [phase for phase in SandboxPhase if phase is not SandboxPhase.READY])

@@ -191,6 +191,18 @@ def own_daemon() -> Iterator[Daemon]:
         yield one
 
 
+def give_plugin(one: Daemon, name: str, script: str) -> None:
+    """A plugin beside Debian's, for a daemon that starts anew."""
+    path, config = one.base / "bin" / name, one.base / "config.toml"
+    path.parent.mkdir()
+    path.write_text(script)
+    path.chmod(0o755)
+    bins = f'[network]\nbin_dirs = ["/usr/lib/cni", "{path.parent}"]'
+    config.write_text(config.read_text().replace("[network]", bins))
+    one.stop()
+    one.start()
+
+
 async def test_the_network_outlives_the_daemon(own_daemon: Daemon) -> None:
     async with own_daemon.client() as client:
         await client.load_busybox()
@@ -249,28 +261,56 @@ async def test_what_is_wrong_is_said_and_a_retry_after_the_mend_works(own_daemon
     assert own_daemon.leftovers() == []
 
 
+MORE = """#!/bin/sh
+# A second interface, as a meta plugin makes one: eth1 at 10.127.<x>.2, the host at .1
+read -r input
+if [ "$CNI_COMMAND" = ADD ]; then
+  name=hpm$(echo $CNI_CONTAINERID | cut -c 1-8)
+  ip link add $name type veth peer name eth1 netns $CNI_NETNS
+  ip addr add 10.127.77.1/30 dev $name; ip link set $name up
+  nsenter --net=$CNI_NETNS sh -c 'ip addr add 10.127.77.2/30 dev eth1; ip link set eth1 up'
+  echo "$input" | python3 -c 'import json, sys; print(json.dumps(json.load(sys.stdin)["prevResult"]))'
+fi
+"""
+
+
+async def test_links_to_the_host_alone_and_a_second_interface(own_daemon: Daemon) -> None:
+    """ptp takes the route to the pods' own network away: whoever is in it is behind the gateway."""
+    network = own_daemon.network
+    async with own_daemon.client() as client:
+        await client.load_busybox()
+        give_plugin(own_daemon, "more", MORE)
+    async with own_daemon.client() as client:
+        network.write({"type": "ptp", "ipam": network.bridge_plugin()["ipam"]})
+        one = await client.run_pod()
+        network.write({"type": "ptp", "ipam": network.bridge_plugin()["ipam"]}, {"type": "more"})
+        two = await client.run_pod()
+        pings = [f"ping -c 1 -W 10 {address}" for address in (*await addresses(client, one), "10.127.77.1")]
+        lines = await output(client, two, " && ".join(pings))
+        assert sum("1 packets received" in line for line in lines) == 3, lines
+        stats = await client.runtime.pod_sandbox_stats(cri.PodSandboxStatsRequest(pod_sandbox_id=two))
+        assert stats.stats is not None and stats.stats.linux is not None
+        cards = stats.stats.linux.network
+        assert cards is not None and [card.name for card in cards.interfaces] == ["eth1"]
+        await client.remove_pod(one)
+        await client.remove_pod(two)
+    assert own_daemon.leftovers() == []
+
+
 async def test_a_plugin_that_cannot_clean_up_is_asked_again(own_daemon: Daemon, tmp_path: Path) -> None:
     network = own_daemon.network
     broken = tmp_path / "broken"
     async with own_daemon.client() as client:
         await client.load_busybox()
         # `static` of tuning's kind: a plugin between that passes on what it got, and fails DEL on demand.
-        folder = own_daemon.base / "bin"
-        folder.mkdir()
         script = (
             "#!/usr/bin/python3\nimport json, os, sys\n"
             f"if os.environ['CNI_COMMAND'] == 'DEL' and os.path.exists({str(broken)!r}):\n"
             "    print(json.dumps({'code': 11, 'msg': 'the switch does not answer'})); sys.exit(1)\n"
             "print(json.dumps(json.load(sys.stdin).get('prevResult', {})))\n"
         )
-        (folder / "pass-on").write_text(script)
-        (folder / "pass-on").chmod(0o755)
-        config = own_daemon.base / "config.toml"
-        bins = f'[network]\nbin_dirs = ["/usr/lib/cni", "{folder}"]'
-        config.write_text(config.read_text().replace("[network]", bins))
         network.write(network.bridge_plugin(), {"type": "pass-on"})
-        own_daemon.stop()
-        own_daemon.start()
+        give_plugin(own_daemon, "pass-on", script)
     async with own_daemon.client() as client:
         pod = await client.run_pod()
         container = await client.sh(pod, "sleep 600")

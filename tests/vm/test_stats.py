@@ -97,6 +97,7 @@ async def test_what_containers_do_is_seen(cri_client: Cri, pod: str) -> None:
     assert whole.linux.network is not None and whole.linux.network.default_interface is not None
     assert whole.linux.network.default_interface.name == "eth0"
     assert value(whole.linux.network.default_interface.tx_bytes) > 0, "IPv6 greets its neighbours"
+    assert whole.linux.network.interfaces == [], "those beside it, and a guest has no others"
 
 
 async def test_lists_and_filters(cri_client: Cri, pod: str) -> None:
