@@ -1,5 +1,6 @@
 """For all tests: what killed runs have left is swept; properties are about results, not about how long an example
-takes, which says how busy the machine is."""
+takes, which says how busy the machine is. A property's examples are the same in each run, so that a run says what
+has become of a change; `--hypothesis-profile=explore` looks for new ones."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from hypothesis import HealthCheck, settings
 
 from tests import runs
 
-settings.register_profile("hyperpod", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("explore", PATIENT, print_blob=True)
+settings.register_profile("hyperpod", PATIENT, derandomize=True)
 settings.load_profile("hyperpod")
 
 

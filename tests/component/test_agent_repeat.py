@@ -86,7 +86,8 @@ async def test_an_exec_starts_once(
     agent: AgentKit, session: AgentSession, cutter: Cutter, up: int, down: int
 ) -> None:
     container, ident = await agent.start("sleep", "1000"), secrets.token_hex(16)
-    spec = ContainerSpecInput(args=("sh", "-c", "echo x >>/ran; sleep 0.3"), env=(b"PATH=/bin",))
+    script = "echo x >>/ran; while [ ! -e /over ]; do sleep 0.05; done"
+    spec = ContainerSpecInput(args=("sh", "-c", script), env=(b"PATH=/bin",))
     process = build_process(spec)
 
     async def start(client: AgentClient) -> int:
@@ -98,8 +99,10 @@ async def test_an_exec_starts_once(
     except AlreadyExists:
         assert down >= 0  # the first call has started it, its answer did not come
     assert cutter.cuts == 1
-    wait = session.repeatable(lambda client: client.wait_exec(container, ident))
-    asyncio.get_running_loop().call_later(0.1, cutter.cut)
+    wait = asyncio.ensure_future(session.repeatable(lambda client: client.wait_exec(container, ident)))
+    await asyncio.sleep(0.1)
+    cutter.cut()
+    assert await agent.client.wait_exec(container, await agent.exec(container, "touch", "/over")) == 0
     assert await wait == 0
     assert cutter.cuts == 2
     again = await agent.exec(container, "sh", "-c", "exit $(cat /ran | wc -l)")

@@ -137,9 +137,14 @@ async def test_large_stdin_through_a_slow_reader(agent: AgentKit) -> None:
 
 
 async def test_stdin_of_a_process_that_does_not_read_is_swallowed_at_its_end(agent: AgentKit) -> None:
-    ident = await agent.start("sh", "-c", "sleep 0.2", stdin=True)
+    ident = await agent.start("sh", "-c", "while [ ! -e /over ]; do sleep 0.1; done", stdin=True)
     async with agent.input(ident) as source:
-        await source.write(bytes(1_000_000))
+        writing = asyncio.ensure_future(source.write(bytes(1_000_000)))
+        assert (
+            await agent.client.wait_exec(ident, await agent.exec(ident, "touch", "/over"), timeout=TIMEOUT)
+            == 0
+        )
+        await writing
     assert (await agent.exit_of(ident)).exit_code == 0
 
 
@@ -223,9 +228,11 @@ async def test_wait_for_an_exec_has_a_deadline_and_survives_it(agent: AgentKit) 
     from hyperpod.errors import DeadlineExceeded
 
     ident = await agent.start("sleep", "1000")
-    exec_id = await agent.exec(ident, "sh", "-c", "sleep 1; exit 4")
+    exec_id = await agent.exec(ident, "sh", "-c", "read x; exit 4", stdin=True)
     with pytest.raises(DeadlineExceeded):
         await agent.client.wait_exec(ident, exec_id, timeout=0.05)
+    async with agent.input(ident, exec_id) as source:
+        await source.write(b"end\n")
     assert await agent.client.wait_exec(ident, exec_id, timeout=TIMEOUT) == 4
 
 
@@ -248,7 +255,9 @@ async def test_an_exec_id_is_used_once(agent: AgentKit) -> None:
 
 async def test_a_grandchild_with_the_pipe_does_not_hold_up_the_exit_for_long(agent: AgentKit) -> None:
     # An exec's child keeps the container's stdout open only through its own pipe: the exit comes regardless.
-    ident = await agent.start("sh", "-c", "echo x; exec sleep 0.5")
+    ident = await agent.start("sh", "-c", "echo x; read x", stdin=True)
     await agent.exec(ident, "sleep", "1000")
+    async with agent.input(ident) as source:
+        await source.write(b"end\n")
     info = await agent.exit_of(ident)
     assert info.exit_code == 0

@@ -75,14 +75,14 @@ async def test_terminal(pod: StreamPod) -> None:
     def run() -> str:
         with client(url, V4) as made:
             made.write_channel(4, '{"Width":120,"Height":40}')
-            time.sleep(0.3)
-            made.write_stdin("stty size; exit\n")
+            # Sizes and input come on connections of their own, in any order.
+            made.write_stdin("until stty size | grep '^40 120'; do sleep 0.01; done; exit\n")
             made.run_forever(timeout=TIMEOUT)
             assert made.returncode == 0
             out: str = made.read_stdout()
             return out
 
-    assert "40 120" in await asyncio.to_thread(run)
+    assert "\r\n40 120" in await asyncio.to_thread(run)
 
 
 async def test_attach(pod: StreamPod) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -45,11 +45,12 @@ async def listening(serve: Serve, host: str = "127.0.0.1") -> AsyncIterator[int]
         yield server.sockets[0].getsockname()[1]
 
 
-def unused_port() -> int:
+@contextlib.contextmanager
+def closed_port() -> Iterator[int]:
+    """Nobody listens there, nor can anybody else take it meanwhile."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+        yield sock.getsockname()[1]
 
 
 class Forward:
@@ -117,9 +118,10 @@ async def test_ipv6_when_ipv4_does_not_answer(opened: Opener) -> None:
 
 async def test_a_refused_port_and_the_session_lives_on(opened: Opener) -> None:
     session = await opened()
-    error, _ = await session.connect(unused_port())
-    async with asyncio.timeout(10):
-        text = await error.read_all()
+    with closed_port() as closed:
+        error, _ = await session.connect(closed)
+        async with asyncio.timeout(TIMEOUT):
+            text = await error.read_all()
     assert b"Connection refused" in text
     async with listening(echo) as port:
         assert await session.roundtrip(port, b"alive") == b"alive"
@@ -222,16 +224,17 @@ async def test_incomplete_connections_end(opened: Opener) -> None:
 
 
 async def test_websocket_channels(pod: StreamPod) -> None:
-    async with listening(echo) as port:
-        client = await WebSocket.connect(pod.forward_url(port, unused_port()), "v4.channel.k8s.io")
-        await client.send(b"\0ping")
-        got: dict[int, bytes] = {}
-        async for message in client.messages():
-            got[message[0]] = got.get(message[0], b"") + message[1:]
-            if b"ping" in got[0] and len(got.get(3, b"")) > 2:
-                break
-        little = port.to_bytes(2, "little")
-        assert got[0] == little + b"ping"
-        assert got[1] == little
-        assert b"Connection refused" in got[3]
-        client.close()
+    with closed_port() as closed:
+        async with listening(echo) as port:
+            client = await WebSocket.connect(pod.forward_url(port, closed), "v4.channel.k8s.io")
+            await client.send(b"\0ping")
+            got: dict[int, bytes] = {}
+            async for message in client.messages():
+                got[message[0]] = got.get(message[0], b"") + message[1:]
+                if b"ping" in got[0] and len(got.get(3, b"")) > 2:
+                    break
+            little = port.to_bytes(2, "little")
+            assert got[0] == little + b"ping"
+            assert got[1] == little
+            assert b"Connection refused" in got[3]
+            client.close()

@@ -103,6 +103,8 @@ async def test_bounded_and_given_up_when_nobody_comes(agent: AgentKit) -> None:
 async def test_one_client_only_and_none_without_a_start(pod: StreamPod, agent: AgentKit) -> None:
     url = await pod.shell_url()
     command = await Command.open(url, ALL)
+    await command.write(b"echo here\n")
+    await command.until(b"here\n")
     [ident] = [path.name for path in operator_cgroups(agent)[0].iterdir() if path.is_dir()]
     async with agent.output("", ident, "process") as second:
         assert "client already" in await second.refused()

@@ -172,13 +172,13 @@ async def test_exec_on_a_terminal(pod: StreamPod) -> None:
     command = await Command.open(pod.exec_url(container, "sh", wanted=TTY), TTY)
     await command.resize(33, 99)
     await command.until(b"#")
-    await command.write(b"stty size\n")
-    assert b"33 99" in await command.until(b"99\r\n")
-    await command.resize(44, 111)
-    await asyncio.sleep(0.2)
-    await command.write(b"stty size; test -t 1 && exit 3\n")
-    out, _, status = await command.result()
-    assert b"44 111" in out
+    # Sizes and input come on connections of their own, in any order.
+    for rows, columns in ((33, 99), (44, 111)):
+        await command.resize(rows, columns)
+        await command.write(b"until stty size | grep '^%d %d'; do sleep 0.01; done\n" % (rows, columns))
+        await command.until(b"\r\n%d %d" % (rows, columns))
+    await command.write(b"test -t 1 && exit 3\n")
+    _, _, status = await command.result()
     assert exit_code(status) == 3
 
 
@@ -216,13 +216,12 @@ async def test_exec_while_the_container_ends_loses_nothing(pod: StreamPod) -> No
 async def test_what_an_exec_leaves_in_the_background(pod: StreamPod) -> None:
     """It neither holds the session up nor dies with it; it ends with its container."""
     container = await pod.run("sleep", "1000")
-    script = "(while sleep 0.1; do date > /tmp/alive; done) & echo started"
+    script = "(while sleep 0.1; do touch /tmp/alive; done) & echo started"
     async with asyncio.timeout(15):
         out, _, status = await (await Command.open(pod.exec_url(container, "sh", "-c", script))).result()
     assert (out, exit_code(status)) == (b"started\n", 0)
-    check = "rm /tmp/alive; sleep 1; cat /tmp/alive"
-    out, _, status = await (await Command.open(pod.exec_url(container, "sh", "-c", check))).result()
-    assert out
+    check = "rm -f /tmp/alive; while [ ! -e /tmp/alive ]; do sleep 0.1; done"
+    _, _, status = await (await Command.open(pod.exec_url(container, "sh", "-c", check))).result()
     assert exit_code(status) == 0
     await pod.agent.client.remove_container(container)
 
@@ -317,6 +316,20 @@ async def test_attach_shows_what_comes_and_leaves_the_container(pod: StreamPod) 
     )
 
 
+async def test_attach_sees_what_its_input_leads_to_however_slowly_that_is_taken(pod: StreamPod) -> None:
+    container, agent = await pod.run("sh", "-c", "while read x; do echo got $x; done", stdin=True), pod.agent
+    os.kill(agent_pid(agent.place), signal.SIGSTOP)
+    try:
+        command = await Command.open(pod.attach_url(container, ALL), ALL)
+        await command.write(b"one\n")
+        await command.end()
+        await asyncio.sleep(1.5)
+    finally:
+        os.kill(agent_pid(agent.place), signal.SIGCONT)
+    out, _, status = await command.result()
+    assert (out, status["status"]) == (b"got one\n", "Success")
+
+
 async def test_attach_with_stdin_once(pod: StreamPod) -> None:
     container = await pod.run("cat", stdin=True, stdin_once=True)
     command = await Command.open(pod.attach_url(container, ALL), ALL)
@@ -335,9 +348,8 @@ async def test_attach_to_a_terminal_again_and_again(pod: StreamPod) -> None:
     for size in (30, 40):
         command = await Command.open(pod.attach_url(container, TTY), TTY)
         await command.resize(size, 100)
-        await asyncio.sleep(0.3)
-        await command.write(b"stty size\n")
-        assert b"%d 100" % size in await command.until(b" 100\r\n")
+        await command.write(b"until stty size | grep '^%d 100'; do sleep 0.01; done\n" % size)
+        await command.until(b"\r\n%d 100" % size)
         await command.client.close()
     command = await Command.open(pod.attach_url(container, TTY), TTY)
     await command.write(b"exit\n")

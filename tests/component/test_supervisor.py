@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
@@ -37,6 +38,15 @@ def status(pid: int) -> dict[str, str]:
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
+def targets(pid: int) -> set[str]:
+    """What the process's descriptors lead to."""
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add(str(link.readlink()))
+    return found
+
+
 async def test_a_shim_is_the_sandbox_users_and_shares_nothing_of_the_supervisors(tmp_path: Path) -> None:
     with supervisor() as parent:
         async with pod(parent, uid=UID) as one:
@@ -48,8 +58,7 @@ async def test_a_shim_is_the_sandbox_users_and_shares_nothing_of_the_supervisors
             assert state["NoNewPrivs"] == "1"
             assert int(state["CapEff"], 16) == 0
             assert state["PPid"] == str(parent.pid)
-            targets = [link.readlink().name for link in Path(f"/proc/{found.pid}/fd").iterdir()]
-            assert "supervisor.lock" not in targets
+            assert str(parent.run_dir / "supervisor.lock") not in targets(found.pid)
             assert os.getsid(found.pid) == found.pid
             for name in ("vhost.sock", "vsock.sock", "console.sock", "control.sock"):
                 assert (one.directory / name).stat().st_uid == UID
@@ -132,10 +141,12 @@ async def test_shims_outlive_the_supervisor_and_the_next_one_takes_them_over() -
                     async with asyncio.timeout(WAIT):
                         while await client.list() != [first]:
                             await asyncio.sleep(0.01)
-                    # What the shim stored with the old supervisor, the new one has as well.
+                    # What the old supervisor held for the shim the new one has as well: QEMU's connection, the log.
                     one.client = client
-                    await eventually(lambda: len(os.listdir(f"/proc/{parent.pid}/fd")) > 10)
-                    await asyncio.sleep(0.2)
+                    await eventually(
+                        lambda: any("socket:" in link for link in targets(first.pid) & targets(parent.pid))
+                    )
+                    await eventually(lambda: str(one.path(container)) in targets(parent.pid))
                     await one.kill()
                     second = await one.spawn(device=True, resume=True)
                     assert second.pid != first.pid
@@ -363,16 +374,24 @@ def test_a_daemon_that_fails_is_started_again_with_pauses() -> None:
         assert parent.stop() == 0
 
 
-ORPHAN = "import os, time\nif os.fork() == 0:\n    time.sleep(0.3)\nos._exit(0)"
+ORPHAN = (
+    "import os, sys, time\n"
+    "if os.fork() == 0:\n"
+    "    while not os.path.exists(sys.argv[1]):\n"
+    "        time.sleep(0.01)\n"
+    "os._exit(0)"
+)
 DAEMON_WITH_ORPHAN = (
-    "import signal, subprocess, sys\nsubprocess.run([sys.executable, '-c', sys.argv[1]])\nsignal.pause()"
+    "import signal, subprocess, sys\nsubprocess.run([sys.executable, '-c', *sys.argv[1:]])\nsignal.pause()"
 )
 
 
-def test_orphans_become_children_and_are_reaped() -> None:
+def test_orphans_become_children_and_are_reaped(tmp_path: Path) -> None:
     """What QEMU is to the daemon that started it."""
-    with supervisor([sys.executable, "-c", DAEMON_WITH_ORPHAN, ORPHAN]) as parent:
+    over = tmp_path / "over"
+    with supervisor([sys.executable, "-c", DAEMON_WITH_ORPHAN, ORPHAN, str(over)]) as parent:
         until(lambda: len(children(parent.pid)) == 2)
+        over.touch()
         until(lambda: len(children(parent.pid)) == 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -106,9 +107,10 @@ async def test_port_forward(strict_daemon: Daemon, authority: Authority, pod: st
             data, answer = bytes(range(256)) * 400, b""
             while answer != data:  # until it listens
                 reader, writer = await asyncio.open_connection("127.0.0.1", local)
-                writer.write(data)
-                writer.write_eof()
-                answer = await reader.read(-1)
+                with contextlib.suppress(ConnectionError):
+                    writer.write(data)
+                    writer.write_eof()
+                    answer = await reader.read(-1)
                 writer.close()
     finally:
         process.terminate()

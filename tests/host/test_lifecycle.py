@@ -280,7 +280,7 @@ def reused(pid: int) -> Iterator[subprocess.Popen[bytes]]:
 
 async def test_who_gets_a_container_s_number_is_not_taken_for_it(cri_client: Cri, pod: str) -> None:
     """Between the end of a container's process and the report of it, which others can put off."""
-    container = await cri_client.sh(pod, "echo up; sleep 2; exit 0")
+    container = await cri_client.sh(pod, "echo up; while [ ! -e /dev/shm/end ]; do sleep 0.1; done; exit 0")
     holder = await cri_client.sh(pod, f"{HOLD} echo held; sleep 600")
     await until_logged(cri_client, holder)
     target = cri.NamespaceOption(pid=cri.NamespaceMode.TARGET, target_id=container)
@@ -288,6 +288,7 @@ async def test_who_gets_a_container_s_number_is_not_taken_for_it(cri_client: Cri
     debugger = await cri_client.create(pod, "ps", linux=cri.LinuxContainerConfig(security_context=context))
     verbose = cri.ContainerStatusRequest(container_id=container, verbose=True)
     pid = process_of(await cri_client.runtime.container_status(verbose))
+    await cri_client.exec(holder, "touch", "/dev/shm/end")
     while Path(f"/proc/{pid}").exists():
         await asyncio.sleep(0.01)
     with reused(pid) as bystander:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -166,9 +167,10 @@ async def test_the_command_line(cri_client: Cri, shared_daemon: Daemon, pod: str
             answer = b""
             while answer != b"hello":  # until it listens
                 reader, writer = await asyncio.open_connection("127.0.0.1", local)
-                writer.write(b"hello")
-                writer.write_eof()
-                answer = await reader.read()
+                with contextlib.suppress(ConnectionError):
+                    writer.write(b"hello")
+                    writer.write_eof()
+                    answer = await reader.read()
                 writer.close()
     finally:
         forward.terminate()

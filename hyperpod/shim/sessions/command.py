@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import socket
+from collections.abc import Coroutine
 from typing import Any
 
 from hyperpod.errors import GuestError, HyperpodError, InvalidArgument, Unavailable
@@ -243,14 +244,16 @@ class AttachSession(CommandSession):
     async def work(self) -> Outcome:
         wanted, once = self.spec.wanted, self.spec.stdin_once and not self.spec.tty
         background: list[asyncio.Future[Any]] = []
+        left: Coroutine[Any, Any, None] | None = None
         if wanted.stdin:
-            running = self._stdins.run(self.spec.container, self.input, once=once)
-            background.append(asyncio.ensure_future(running))
+            running = asyncio.ensure_future(self._stdins.run(self.spec.container, self.input, once=once))
+            background.append(running)
+            left = None if once else self._left(running)
         if wanted.tty:
             background.append(asyncio.ensure_future(self._terminal()))
         tap = self._fanout.tap(("stdout", "stderr"))
         try:
-            await self._output(tap, leaving=wanted.stdin and not once)
+            await self._output(tap, left)
         finally:
             tap.close()
             for task in background:
@@ -258,10 +261,15 @@ class AttachSession(CommandSession):
             await asyncio.gather(*background, return_exceptions=True)
         return Outcome()
 
-    async def _output(self, tap: Tap, *, leaving: bool) -> None:
-        """Until the container's output ends; `leaving`: or the client's input does, after what it led to."""
+    async def _left(self, delivery: asyncio.Future[None]) -> None:
+        """The client's input has ended, and the process has it, unless it does not read."""
+        await self._input_ended.wait()
+        await asyncio.wait({delivery}, timeout=_LEAVE)
+
+    async def _output(self, tap: Tap, left: Coroutine[Any, Any, None] | None) -> None:
+        """Until the container's output ends, or what `left`, the end of the client's input, has led to."""
         loop = asyncio.get_running_loop()
-        ended = asyncio.ensure_future(self._input_ended.wait()) if leaving else None
+        ended = asyncio.ensure_future(left) if left is not None else None
         latest = float("inf")
         news: asyncio.Task[tuple[str, bytes | memoryview] | None] | None = None
         try:
