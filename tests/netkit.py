@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import random
 import secrets
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +17,12 @@ from tests import runs
 
 VERSION = "1.0.0"
 
+SUBNETS = iter(random.sample(range(128 * 256, 255 * 256), 127 * 256))
+"""Of 10.0.0.0/8; a run uses none twice, as several daemons are there at once."""
+
+PORTS = iter(random.sample(range(20_000, 32_000), 12_000))
+"""Used once each: of 20 chosen anew two were the same in one of 64 runs."""
+
 
 class Network:
     """`conf_dir` holds the conflist; addresses come out of 10.<x>.<y>.0/24 and fd00:<xy>::/64."""
@@ -22,7 +31,7 @@ class Network:
         self.ident = secrets.token_hex(4)
         runs.record("network", self.ident)
         self.bridge = f"hpt{self.ident}"
-        x, y = 128 + secrets.randbelow(127), secrets.randbelow(256)
+        x, y = divmod(next(SUBNETS), 256)
         # One group, never 0: written as everybody writes it back, which a group of zeros before "::" is not.
         self.v4, self.v6 = f"10.{x}.{y}", f"fd00:{x:x}{y:02x}:"
         self.conf_dir, self.leases = base / "net.d", base / "leases"
@@ -79,6 +88,15 @@ class Network:
 
     def destroy(self) -> None:
         subprocess.run(["ip", "link", "delete", self.bridge], capture_output=True, check=False)
+
+
+def free_port() -> int:
+    """Not an ephemeral one, which could be given to somebody before it is used; a port mapping of such a one would
+    even take that one's connections."""
+    while True:
+        port = next(PORTS)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def taps() -> set[str]:

@@ -8,7 +8,6 @@ import http.client
 import http.server
 import json
 import signal
-import socket
 import ssl
 import subprocess
 import threading
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.imagekit import Built
+from tests.netkit import free_port
 
 USER, PASSWORD = "puller", "s3cret-password"
 _HTPASSWD = "puller:$2y$05$abcdefghijklmnopqrstuuUXKlvQTwfK/kphhjbeRlh5zvpJx1LLu\n"
@@ -160,9 +160,7 @@ def running(folder: Path, *, auth: bool = False, issuer: Issuer | None = None) -
 
     `auth`: with USER and PASSWORD; `issuer`: with bearer tokens of that issuer."""
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     config = f"version: 0.1\nlog: {{level: error}}\nhttp: {{addr: '{address}'}}\n"
     config += f"storage: {{filesystem: {{rootdirectory: '{folder}'}}, cache: {{}}}}\n"
     authorization = ""

@@ -120,4 +120,4 @@ async def test_random_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
                     outcomes.add(type(exc).__name__)
             assert [e for e in agent.errors if not isinstance(e, H2Error)] == []
     assert stray == []
-    assert {"value", "Unavailable"} < outcomes
+    assert {"value", "ConnectionLost"} < outcomes

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import random
 import socket
 import time
 import urllib.request
@@ -20,6 +18,7 @@ from grpclib.exceptions import GRPCError
 
 from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import Cri, Daemon, daemon
+from tests.netkit import free_port
 
 pytestmark = pytest.mark.vm
 
@@ -68,18 +67,6 @@ async def refused(*words: str) -> Any:
     assert info.value.status is Status.UNAVAILABLE
     for word in words:
         assert word in str(info.value.message), info.value.message
-
-
-PORTS = iter(random.sample(range(20_000, 32_000), 12_000))
-"""No port twice: of 20 chosen anew each time two were the same in one of 64 runs."""
-
-
-def free_port() -> int:
-    """Not an ephemeral one: its rule would take the connections to whoever is given that port next."""
-    while True:
-        port = next(PORTS)
-        with contextlib.suppress(OSError), socket.create_server(("", port)):
-            return port
 
 
 async def test_the_pod_answers_at_all_its_addresses_and_another_pod_hears_it(
