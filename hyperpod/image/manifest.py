@@ -26,6 +26,10 @@ MANIFEST_TYPES = (
 )
 CONFIG_TYPES = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
 LAYER_TYPES = ("application/vnd.oci.image.layer.v1.tar", "application/vnd.docker.image.rootfs.diff.tar")
+MAX_USER = 1024
+"""Bytes of a configuration's user: it is in each list of all images, which a client takes 16 MiB of."""
+MAX_KEPT = 1 << 20
+"""Bytes of what is kept of a configuration: it is in memory and on record once for each container."""
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -153,9 +157,13 @@ def read_config(raw: bytes, manifest: Manifest, what: str) -> tuple[ImageConfig,
     section = data.get("config")
     config = _section(section if isinstance(section, dict) else {}, what)
     try:
-        config.model_dump_json()
+        size, user = len(config.model_dump_json()), len(config.user.encode())
     except ValueError as exc:  # JSON can spell half of a character, which no record or message can hold
         raise ImageError(f"{what}: the configuration holds text that is not Unicode") from exc
+    if user > MAX_USER:
+        raise ImageError(f"{what}: User in the configuration has {user} bytes, at most {MAX_USER} are taken")
+    if size > MAX_KEPT:
+        raise ResourceExhausted(f"{what}: a configuration of {size} bytes, at most {MAX_KEPT} are kept")
     return config, tuple(diff_ids)
 
 

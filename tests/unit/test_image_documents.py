@@ -115,6 +115,7 @@ def test_config_is_read() -> None:
         ({"config": {"WorkingDir": "/a\0b"}}, "WorkingDir"),
         ({"config": {"Labels": []}}, None),
         ({"config": {"Labels": ["x"]}}, "Labels"),
+        ({"config": {"User": "u" * 1025}}, "User in the configuration has 1025 bytes"),
         ({"config": {"Labels": {"x": "\ud800"}}}, "not Unicode"),
         ({"config": {"Env": ["A=\udc80"]}}, "not Unicode"),
     ],
@@ -129,6 +130,13 @@ def test_bad_configurations(change: dict[str, Any], why: str | None) -> None:
     with pytest.raises(errors.ImageError) as caught:
         m.read_config(raw, manifest, "x")
     assert why in str(caught.value)
+
+
+def test_what_is_kept_of_a_configuration_is_bounded() -> None:
+    """A tenant's image must not fill the list of images, nor each container's record."""
+    built = kit.image(LAYER, config={"Labels": {"x": "y" * (1 << 20)}})
+    with pytest.raises(errors.ResourceExhausted, match="at most 1048576 are kept"):
+        m.read_config(built.blobs[built.config_digest], m.read_manifest(built.top, "x", LIMITS), "x")
 
 
 def test_config_with_another_digest() -> None:
