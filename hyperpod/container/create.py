@@ -13,6 +13,7 @@ from hyperpod.container.live import LiveContainer
 from hyperpod.container.logfile import log_path
 from hyperpod.container.seccomp import SeccompProfiles
 from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, InvalidArgument, NotFound
+from hyperpod.image.catalog import known_as
 from hyperpod.model.base import now_ns
 from hyperpod.model.container import ContainerConfig, ContainerRecord, ContainerState, ContainerStatus
 from hyperpod.model.images import Image
@@ -163,12 +164,14 @@ class Creator:
     ) -> ContainerRecord:
         stop_signal = config.stop_signal or image.config.stop_signal or "SIGTERM"
         signals.number(stop_signal)
+        tag, digest = known_as(image, (config.user_specified_image, config.image))
         return ContainerRecord(
             id=ident,
             sandbox_id=sandbox.id,
             config=config,
             image_id=image.id,
-            image_ref=image.id,
+            image_ref=digest or image.id,
+            image_tag=tag,
             created_at=now_ns(),
             log_path=log_path(sandbox.record.config.log_directory, config.log_path),
             layers=tuple(layer.name for layer in image.layers),

@@ -190,10 +190,10 @@ def _container_metadata(config: ContainerConfig) -> cri.ContainerMetadata:
     return cri.ContainerMetadata(name=config.metadata.name, attempt=config.metadata.attempt)
 
 
-def _spec(config: ContainerConfig) -> cri.ImageSpec:
-    """The image as the user wrote it."""
+def _spec(config: ContainerConfig, tag: str = "") -> cri.ImageSpec:
+    """The image by its tag, else as the request names it, which is by id when it comes from a kubelet."""
     return cri.ImageSpec(
-        image=config.image,
+        image=tag or config.image,
         annotations=config.image_annotations,
         user_specified_image=config.user_specified_image,
     )
@@ -242,7 +242,7 @@ def container(item: Listable) -> cri.Container:
         pod_sandbox_id=record.sandbox_id,
         metadata=_container_metadata(record.config),
         image=_spec(record.config),
-        image_ref=record.image_ref,
+        image_ref=record.image_id,
         image_id=record.image_id,
         state=_STATES[item.status.state],
         created_at=record.created_at,
@@ -327,7 +327,7 @@ def _status(container: Container) -> cri.ContainerStatus:
         started_at=status.started_at,
         finished_at=status.finished_at,
         exit_code=status.exit_code,
-        image=_spec(record.config),
+        image=_spec(record.config, record.image_tag),
         image_ref=record.image_ref,
         image_id=record.image_id,
         reason=status.reason,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
+
 from hyperpod.errors import InvalidArgument
 from hyperpod.image.reference import id_prefix, parse
 from hyperpod.model.images import Image, StoredImage
@@ -72,6 +75,21 @@ class Catalog:
                 image = record.image.model_copy(update={"repo_tags": kept})
                 changed.append(record.model_copy(update={"image": image}))
         return changed
+
+
+def known_as(image: Image, asked: Iterable[str]) -> tuple[str, str]:
+    """Tag and repo digest to tell users of it: what they asked for, else of the same repository, else the first;
+    empty when it has none."""
+    tags: list[str] = []
+    digests: list[str] = []
+    for text in asked:
+        with contextlib.suppress(InvalidArgument):
+            wanted = parse(text)
+            tags += [x for x in image.repo_tags if x == wanted.tagged]
+            tags += [x for x in image.repo_tags if x.startswith(f"{wanted.name}:")]
+            digests += [x for x in image.repo_digests if x == str(wanted)]
+            digests += [x for x in image.repo_digests if x.startswith(f"{wanted.name}@")]
+    return next(iter([*tags, *image.repo_tags]), ""), next(iter([*digests, *image.repo_digests]), "")
 
 
 def _union(first: tuple[str, ...], second: tuple[str, ...]) -> tuple[str, ...]:

@@ -101,6 +101,9 @@ class ContainerRecord(Record):
     config: ContainerConfig
     image_id: str
     image_ref: str
+    """The repo digest that users know its image by, or else the id."""
+    image_tag: str = ""
+    """The tag, if there is one; `config.image` is an id when it comes from a kubelet."""
     created_at: int
     log_path: str
     layers: tuple[str, ...]

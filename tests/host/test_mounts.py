@@ -182,7 +182,9 @@ async def test_a_folder_that_a_layer_does_not_mention_stays_as_it_is(
     container = await cri_client.sh(
         pod, "stat -c '%a %u %g' /tmp /me; ls /tmp /me", image=cri.ImageSpec(image="implied")
     )
-    await cri_client.wait(container)
+    status = await cri_client.wait(container)
+    assert status.image is not None and status.image.image == "docker.io/library/implied:latest"
+    assert status.image_ref == f"docker.io/library/implied@{built.digest}"
     lines = [text for _, _, text in await cri_client.log(container)]
     assert lines == ["1777 0 0", "2750 1000 100", "/me:", "y", "", "/tmp:", "x"]
 

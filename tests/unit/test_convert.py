@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from typing import TypeVar
 
 import pytest
@@ -26,6 +27,7 @@ from hyperpod.model.security import Device, SeccompKind, SeccompProfile, User
 from hyperpod.rpc import strict
 
 M = TypeVar("M", bound=Message)
+REPO_DIGEST = "docker.io/library/busybox@sha256:" + "b" * 64
 IMAGE_ID = "sha256:" + "a" * 64
 
 
@@ -74,7 +76,8 @@ def container(config: cri.ContainerConfig, ident: str = "c" * 64, **status: obje
         sandbox_id="f" * 64,
         config=convert.container_config(config),
         image_id=IMAGE_ID,
-        image_ref=IMAGE_ID,
+        image_ref=REPO_DIGEST,
+        image_tag="docker.io/library/busybox:1",
         created_at=5,
         log_path="/var/log/pods/main.log",
         layers=(),
@@ -169,8 +172,13 @@ def test_the_container_status() -> None:
     reply = cri.ContainerStatusResponse.parse(bytes(replies.container_status(one, verbose=True)))
     status = reply.status
     assert status is not None
-    assert status.image == container_config().image
-    assert status.image_ref == status.image_id == IMAGE_ID
+    asked = container_config().image
+    assert asked is not None
+    assert status.image == replace(asked, image="docker.io/library/busybox:1")
+    assert (status.image_id, status.image_ref) == (IMAGE_ID, REPO_DIGEST)
+    listed = cri.Container.parse(bytes(replies.container(one)))
+    assert listed.image == asked
+    assert (listed.image_id, listed.image_ref) == (IMAGE_ID, IMAGE_ID)
     assert status.state == cri.ContainerState.CONTAINER_EXITED
     assert (status.created_at, status.started_at, status.finished_at) == (5, 6, 7)
     assert (status.exit_code, status.reason, status.message) == (3, "Error", "why")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperpod.errors import InvalidArgument
-from hyperpod.image.catalog import Catalog
+from hyperpod.image.catalog import Catalog, known_as
 from hyperpod.image.reference import id_prefix, parse
 from hyperpod.model.images import Image, StoredImage
 
@@ -98,3 +98,19 @@ def test_an_id_is_no_tag_of_a_repository_named_sha256() -> None:
     assert parse(DIGEST).tagged == tag
     found = catalog.find(DIGEST)
     assert found is not None and found.id == DIGEST
+
+
+def test_what_users_are_told_of_an_image() -> None:
+    """Of its names the one that they asked by; a kubelet passes the id on and their words beside it."""
+    tags = ("docker.io/library/a:12", "docker.io/library/a:1", "quay.io/b:2")
+    digests = (f"docker.io/library/a@{DIGEST}", f"quay.io/b@{DIGEST}")
+    image = Image(id="sha256:" + "cd" * 32, repo_tags=tags, repo_digests=digests, size=0, layers=())
+    for asked, tag, digest in (
+        (("a:1", image.id), tags[1], digests[0]),
+        (("quay.io/b:other", image.id), tags[2], digests[1]),
+        ((f"quay.io/b@{DIGEST}",), tags[2], digests[1]),
+        (("", image.id[:20]), tags[0], digests[0]),
+        (("elsewhere/c",), tags[0], digests[0]),
+    ):
+        assert known_as(image, asked) == (tag, digest), asked
+    assert known_as(image.model_copy(update={"repo_tags": (), "repo_digests": ()}), ("a",)) == ("", "")
