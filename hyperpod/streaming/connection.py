@@ -9,6 +9,8 @@ import ssl
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
+from hyperpod.shim.sessions.socket import under_way
+
 _READ = 8 * 1024
 """Bytes; also what may come behind the request, see shim.sessions.spec.MAX_EARLY."""
 _RELAY = 256 * 1024
@@ -150,14 +152,20 @@ class TlsConnection:
                     await self._writer.wait_closed()
 
     async def _delivered(self) -> None:
-        """Until all is with the kernel: a close gives up soon on what is not, and that has the session's end."""
+        """Until the client's kernel has all: a close may lose what it has not, and that is the session's end."""
         loop, before, since = asyncio.get_running_loop(), -1, 0.0
-        while left := self._writer.transport.get_write_buffer_size() + self._plain.get_write_buffer_size():
+        while left := self._left():
             if left != before:
                 before, since = left, loop.time()
             if self._plain.is_closing() or loop.time() - since > _PATIENCE:
                 return
             await asyncio.sleep(_LOOK)
+
+    def _left(self) -> int:
+        """Bytes, those with our kernel included."""
+        buffered = self._writer.transport.get_write_buffer_size() + self._plain.get_write_buffer_size()
+        fd: int = self._plain.get_extra_info("socket").fileno()
+        return buffered + (under_way(fd) if fd >= 0 else 0)
 
     async def _up(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -269,8 +269,13 @@ async def test_tls_with_client_certificates_and_reload(authority: Authority, tmp
         assert (await ask(big, post(big), data, authority.client("client"))).endswith(data)
 
 
-async def test_a_slow_reader_behind_tls_gets_the_end_too(authority: Authority) -> None:
-    """However long it takes: what the shim has sent, its last words too, is the daemon's to deliver."""
+@pytest.mark.parametrize("sndbuf", [16_384, 1_000_000])
+async def test_a_slow_reader_behind_tls_gets_the_end_too(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, sndbuf: int
+) -> None:
+    """However long it takes: what the shim has sent, its last words too, is the daemon's to deliver; from the
+    kernel's buffer, too, which a close would throw away because of what the client still sends."""
+    monkeypatch.setattr("hyperpod.streaming.connection._LINGER", 0.5)
     data, sending = os.urandom(400_000), list[asyncio.Task[None]]()
 
     async def hand_over(
@@ -291,7 +296,9 @@ async def test_a_slow_reader_behind_tls_gets_the_end_too(authority: Authority) -
             plain.connect((host, port))
             with authority.client().wrap_socket(plain, server_hostname=host) as sock:
                 sock.sendall(request)
-                time.sleep(4)
+                time.sleep(1.5)
+                sock.sendall(b"ping")
+                time.sleep(0.2)
                 while part := sock.recv(65536):
                     got += part
         return got
@@ -302,7 +309,7 @@ async def test_a_slow_reader_behind_tls_gets_the_end_too(authority: Authority) -
     server = StreamingServer(config, Tokens(), hand_over)
     await server.listen()
     assert server._sock is not None
-    server._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
+    server._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf)
     url = server.url(TARGET)
     assert await asyncio.to_thread(receive, url, post(url).encode()) == data
     await asyncio.gather(*sending)

@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -115,8 +116,10 @@ class Done(Session):
 
     async def _receive(self, data: bytes) -> None: ...
 
+    size = 3_000_000
+
     async def _serve(self) -> None:
-        self.client.write([bytes(3_000_000)])
+        self.client.write([bytes(self.size)])
 
 
 async def test_who_does_not_hear_the_end_is_idle_one_day(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,6 +128,29 @@ async def test_who_does_not_hear_the_end_is_idle_one_day(monkeypatch: pytest.Mon
     async with asyncio.timeout(5):
         await Done(theirs, SPEC, cast(Outgoing, Nothing())).run()
     ours.close()
+
+
+async def test_who_reads_slowly_and_pings_gets_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """client-go pings every 5 s: after a close what the kernel has yet to send would be answered by a reset."""
+    monkeypatch.setattr("hyperpod.shim.sessions.socket._LINGER", 0.1)
+    monkeypatch.setattr(Done, "size", 200_000)  # the kernel takes so much at once, the client's does not
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+        client.connect(listener.getsockname())
+        client.setblocking(False)
+        sock, _ = listener.accept()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1_000_000)
+        running = asyncio.ensure_future(Done(sock, replace(SPEC, idle=60.0), cast(Outgoing, Nothing())).run())
+        await asyncio.sleep(0.5)
+        await loop.sock_sendall(client, b"ping")
+        await asyncio.sleep(0.1)
+        got = 0
+        async with asyncio.timeout(20):
+            while part := await loop.sock_recv(client, 65_536):
+                got += len(part)
+            assert got == 200_000
+            await running
 
 
 class Peer:

@@ -65,7 +65,7 @@ class Session:
             self._say(results)
 
     async def _deliver(self, reading: asyncio.Task[None], watching: asyncio.Task[None]) -> None:
-        draining = asyncio.ensure_future(self.client.drain(0))
+        draining = asyncio.ensure_future(self.client.delivered())
         try:
             await asyncio.wait({draining, reading, watching}, return_when=asyncio.FIRST_COMPLETED)
         finally:

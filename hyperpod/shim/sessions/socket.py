@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import select
 import socket
+import sys
+import termios
 from collections import deque
 from collections.abc import Awaitable, Iterable
 
@@ -20,7 +23,7 @@ _HOPELESS = 4 * 1024 * 1024
 _BATCH = 64
 """Buffers for one sendmsg(2); Linux takes 1024, but a socket's room is used up long before."""
 _LINGER = 5.0
-_LOOK = 1.0
+_LOOK, _BLINK = 1.0, 0.005
 _TURN = 2
 """Reads without a wait, of CHUNK at most, before everybody else has a turn."""
 
@@ -44,6 +47,11 @@ def drop_sent(queue: deque[Buffer], count: int) -> None:
             queue.appendleft(memoryview(buffer)[count:])
             return
         count -= len(buffer)
+
+
+def under_way(fd: int) -> int:
+    """Bytes written that the other side's kernel does not have yet; of a UNIX socket, that nobody has read."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 class Turns:
@@ -132,6 +140,17 @@ class StreamSocket:
         poll = select.poll()
         poll.register(self._sock, select.POLLRDHUP)
         return bool(poll.poll(0))
+
+    async def delivered(self) -> None:
+        """Wait until the peer's kernel has everything: what is under way at a close is lost to a peer that still
+        sends something, as clients' pings are, since that is answered by a reset. Raises OSError."""
+        pause = _BLINK
+        while True:
+            await self.drain(0)
+            if not under_way(self._sock.fileno()):
+                return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LOOK)
 
     async def shut(self) -> None:
         """Everything out, and then the end of this direction. Raises OSError."""
