@@ -63,17 +63,20 @@ def busy_ns(text: str, ticks_per_second: int) -> int:
 
 
 def interfaces(text: str) -> list[v1.InterfaceStats]:
-    """/proc/net/dev without the loopback interface."""
+    """/proc/net/dev without the loopback interface, and without those that a container gave a name that is not
+    ASCII: Linux takes nearly any byte."""
     found = []
     for line in text.splitlines()[2:]:
-        name, _, rest = line.rpartition(":")
-        fields = rest.split()
-        if name.strip() == "lo" or len(fields) < 16 or not all(field.isdecimal() for field in fields):
+        before, _, rest = line.rpartition(":")
+        name, fields = before.strip(), rest.split()
+        if name == "lo" or len(fields) < 16 or not all(field.isdecimal() for field in fields):
+            continue
+        if not (name.isascii() and name.isprintable()):
             continue
         n = [int(field) for field in fields]
         found.append(
             v1.InterfaceStats(
-                name=name.strip(),
+                name=name,
                 rx_bytes=n[0],
                 rx_packets=n[1],
                 rx_errors=n[2],

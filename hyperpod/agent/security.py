@@ -141,9 +141,9 @@ def _device(path: str, inside: str) -> dict[str, Any]:
     try:
         status = os.stat(path)
     except OSError as exc:
-        raise FailedPrecondition(f"device {path[:100]!r} is not in the guest: {exc.strerror}") from exc
+        raise FailedPrecondition(f"device {path[:100]!r} is not there: {exc.strerror}") from exc
     if not (stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)):
-        raise FailedPrecondition(f"{path[:100]!r} is no device in the guest")
+        raise FailedPrecondition(f"{path[:100]!r} is no device")
     return _described(inside or path, status)
 
 

@@ -20,7 +20,7 @@ PIDS_MAX = 1 << 22
 
 MAX_INTERFACES = 64
 MAX_HUGETLB = 8
-_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-@:")
+_NAME_CHARACTERS = frozenset(map(chr, range(0x21, 0x7F))) - {"/"}
 _NAME_LENGTH = 15
 """Bytes of an interface's name: IFNAMSIZ - 1."""
 
@@ -226,7 +226,7 @@ def container(stats: Any, most: Bounds) -> ContainerFigures:
 
 
 def name(value: str) -> str:
-    """Of an interface or a page size. Raises GuestError for what Linux would not have named so."""
+    """Of an interface or a page size. Raises GuestError for what an agent does not tell."""
     if not 0 < len(value) <= _NAME_LENGTH or not _NAME_CHARACTERS.issuperset(value):
         raise GuestError("the agent reports a name that cannot be one")
     return value

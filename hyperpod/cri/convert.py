@@ -216,12 +216,13 @@ def _devices(values: Sequence[cri.Device]) -> tuple[Device, ...]:
     found = []
     for index, value in enumerate(values):
         where = f"config.devices[{index}]"
-        _text(f"{where}.host_path", value.host_path, MAX_PATH, required=True)
+        _text(f"{where}.host_path", value.host_path, required=True)
+        path = _absolute(f"{where}.host_path", value.host_path)
         permissions = value.permissions or "rwm"
         if not set(permissions) <= set("rwm"):
             raise InvalidArgument(f"{where}.permissions {permissions[:20]!r}: r, w and m are possible")
-        inside = _absolute(f"{where}.container_path", value.container_path) or value.host_path
-        found.append(Device(host_path=value.host_path, container_path=inside, permissions=permissions))
+        inside = _absolute(f"{where}.container_path", value.container_path) or path
+        found.append(Device(host_path=path, container_path=inside, permissions=permissions))
     return tuple(found)
 
 

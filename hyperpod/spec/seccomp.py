@@ -1,5 +1,7 @@
 """Seccomp: what no container with a filter may do, whatever its profile says.
 
+A filter sees the calls of a process, and not what the kernel does for it by io_uring, which makes sockets too.
+
 The families are told by the low 32 bits of socket()'s first argument, as the kernel does: a comparison of all 64
 lets 2**32 + 40 pass, which the kernel then takes as 40.
 """
@@ -14,44 +16,52 @@ AF_ALG, AF_VSOCK = 38, 40
 DENIED_FAMILIES = frozenset({AF_ALG, AF_VSOCK})
 """AF_VSOCK is how the host talks to the agent; AF_ALG is a wide door into the kernel's crypto code."""
 
-EAFNOSUPPORT = 97
+ENOSYS, EAFNOSUPPORT = 38, 97
+UNTOLD = {"io_uring_setup": ENOSYS, "socketcall": EAFNOSUPPORT}
+"""System calls by which sockets are made whose family a filter cannot see, and what their callers get."""
+
 ALLOW_ALL: dict[str, Any] = {"defaultAction": "SCMP_ACT_ALLOW"}
 
 _FAMILIES = 64
 """Linux 6.12 knows 46. Those above are not allowed one by one: there are none."""
 
 _INT = 0xFFFFFFFF
-_PERMITTING = ("SCMP_ACT_ALLOW", "SCMP_ACT_LOG")
+_PERMITTING = ("SCMP_ACT_ALLOW", "SCMP_ACT_LOG", "SCMP_ACT_TRACE")
+"""TRACE leaves it to whoever traces the process, which may be one of its own."""
 
 
 def without_host_sockets(profile: dict[str, Any]) -> dict[str, Any]:
     """`profile` (an OCI seccomp object) with socket() of the denied families refused.
 
-    socketcall(2), which some other syscall ABIs have, cannot be filtered by family: it is never allowed.
+    socketcall(2), which some other syscall ABIs have, and io_uring cannot be filtered by family: they are never
+    allowed.
     """
     result: dict[str, Any] = copy.deepcopy(profile)
     default = result["defaultAction"]
     rules: list[dict[str, Any]] = []
     permitted = default in _PERMITTING
     for rule in result.get("syscalls", []):
-        if rule["action"] not in _PERMITTING or not {"socket", "socketcall"} & set(rule["names"]):
+        if rule["action"] not in _PERMITTING or not {"socket", *UNTOLD} & set(rule["names"]):
             rules.append(rule)
             continue
-        if others := [name for name in rule["names"] if name not in ("socket", "socketcall")]:
+        if others := [name for name in rule["names"] if name != "socket" and name not in UNTOLD]:
             rules.append({**rule, "names": others})
         if "socket" in rule["names"] and rule["action"] != default:
             rules += _narrowed(rule)
             permitted = True
     if permitted:
-        refusal = {"action": "SCMP_ACT_ERRNO", "errnoRet": EAFNOSUPPORT}
         rules += [
-            {"names": ["socket"], **refusal, "args": [_masked(_INT, family)]}
+            {"names": ["socket"], **_refusal(EAFNOSUPPORT), "args": [_masked(_INT, family)]}
             for family in sorted(DENIED_FAMILIES)
         ]
-        if default in _PERMITTING:
-            rules.append({"names": ["socketcall"], **refusal})
+    if default in _PERMITTING:
+        rules += [{"names": [name], **_refusal(number)} for name, number in UNTOLD.items()]
     result["syscalls"] = rules
     return result
+
+
+def _refusal(number: int) -> dict[str, Any]:
+    return {"action": "SCMP_ACT_ERRNO", "errnoRet": number}
 
 
 def _narrowed(rule: dict[str, Any]) -> Iterator[dict[str, Any]]:

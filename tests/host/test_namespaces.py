@@ -109,6 +109,17 @@ async def test_the_hosts_network(cri_client: Cri) -> None:
     assert told.metrics == [] and len(told.container_metrics) == 1
 
 
+async def test_figures_of_interfaces_whatever_their_names(cri_client: Cri, pod: str) -> None:
+    """A container with CAP_NET_ADMIN makes and names them, and may not hide the pod by that."""
+    netns = cri_client.daemon.run_dir / "netns" / pod[:12]
+    made = ["ip", "link", "add", "a!b", "type", "veth", "peer", "name", "é"]
+    subprocess.run(["nsenter", f"--net={netns}", *made], check=True)
+    stats = await cri_client.runtime.pod_sandbox_stats(cri.PodSandboxStatsRequest(pod_sandbox_id=pod))
+    assert stats.stats is not None and stats.stats.linux is not None
+    assert stats.stats.linux.cpu is not None and stats.stats.linux.network is not None
+    assert {item.name for item in stats.stats.linux.network.interfaces} == {"eth0", "a!b"}
+
+
 async def test_a_network_of_its_own(cri_client: Cri) -> None:
     config = cri_client.pod_config(sysctls={"net.ipv4.tcp_fin_timeout": "17", "kernel.shmmni": "99"})
     config.dns_config = cri.DnsConfig(servers=["10.1.2.3"], searches=["a.b"])

@@ -329,6 +329,7 @@ def test_devices() -> None:
     assert (short.container_path, short.permissions) == ("/dev/fuse", "rwm")
     for values, text in (
         ({"container_path": "/dev/x"}, r"devices\[0\].host_path is missing"),
+        ({"host_path": "dev/fuse"}, "host_path 'dev/fuse' is not absolute"),
         ({"host_path": "/dev/fuse", "permissions": "rx"}, "permissions 'rx'"),
         ({"host_path": "/dev/fuse", "container_path": "fuse"}, "container_path 'fuse' is not absolute"),
     ):

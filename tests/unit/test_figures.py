@@ -57,7 +57,8 @@ def test_interfaces() -> None:
     head = "Inter-|   Receive   |  Transmit\n face |bytes  packets ...\n"
     eth = "  eth0: 1 2 3 4 0 0 0 0 5 6 7 8 0 0 0 0\n"
     lo = "    lo: 9 9 9 9 0 0 0 0 9 9 9 9 0 0 0 0\n"
-    [found] = kernel.interfaces(head + lo + eth + "junk\n  x: 1 2\n")
+    odd = "  \ufffd\ufffd: 1 2 3 4 0 0 0 0 5 6 7 8 0 0 0 0\n"
+    [found] = kernel.interfaces(head + lo + odd + eth + "junk\n  x: 1 2\n")
     assert found == v1.InterfaceStats(
         name="eth0", rx_bytes=1, rx_packets=2, rx_errors=3, rx_dropped=4, tx_bytes=5, tx_packets=6,
         tx_errors=7, tx_dropped=8,
@@ -68,6 +69,14 @@ def test_soft_limits() -> None:
     text = "Max processes             1 2 processes\nMax open files            1024 4096 files\n"
     assert kernel.soft_limit(text, "Max open files") == 1024
     assert kernel.soft_limit(text, "Max cpu time") == kernel.soft_limit("Max x unlimited", "Max x") == 0
+
+
+def test_names_that_an_agent_tells_can_be() -> None:
+    """Else a container that names an interface would have no statistics, as a lying guest has none."""
+    for name in ("eth0.5@if7", "a!b", "+x~", '"$(x)`'):
+        [told] = kernel.interfaces(f"a\nb\n{name}: 1 2 3 4 0 0 0 0 5 6 7 8 0 0 0 0\n")
+        [found] = figures.guest(v1.GuestStats(interfaces=[told]), MOST).interfaces
+        assert found.name == name
 
 
 @given(LINES)

@@ -19,7 +19,7 @@ from hyperpod.spec.capabilities import DEFAULT
 from hyperpod.spec.profile import ACTIONS, OPERATORS, Target, resolve
 from hyperpod.spec.seccomp import ALLOW_ALL, without_host_sockets
 
-ALLOW, ERRNO, LOG = "SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", "SCMP_ACT_LOG"
+ALLOW, ERRNO, LOG, TRACE = (f"SCMP_ACT_{name}" for name in ("ALLOW", "ERRNO", "LOG", "TRACE"))
 FAMILIES = range(46)
 
 COMPARE = {
@@ -47,7 +47,8 @@ def verdicts(profile: dict[str, Any], name: str, *args: int) -> set[str]:
 
 def socket_rule(action: str, *args: tuple[int, str, int]) -> dict[str, Any]:
     conditions = [{"index": i, "op": f"SCMP_CMP_{op}", "value": value} for i, op, value in args]
-    return {"names": ["read", "socket", "socketcall"], "action": action, "args": conditions}
+    names = ["read", "socket", "socketcall", "io_uring_setup"]
+    return {"names": names, "action": action, "args": conditions}
 
 
 @pytest.mark.parametrize("high", [0, 1 << 32, (1 << 64) - (1 << 32)])
@@ -58,6 +59,8 @@ def socket_rule(action: str, *args: tuple[int, str, int]) -> dict[str, Any]:
         {"defaultAction": LOG, "syscalls": [socket_rule(ALLOW)]},
         {"defaultAction": ERRNO, "syscalls": [socket_rule(ALLOW)]},
         {"defaultAction": ERRNO, "syscalls": [socket_rule(LOG)]},
+        {"defaultAction": ERRNO, "syscalls": [socket_rule(TRACE)]},
+        {"defaultAction": TRACE, "syscalls": [socket_rule(LOG)]},
         {"defaultAction": ERRNO, "syscalls": [socket_rule(ALLOW, (0, "NE", 50))]},
         {
             "defaultAction": ERRNO,
@@ -70,10 +73,11 @@ def test_vsock_and_alg_are_denied_whatever_the_profile(profile: dict[str, Any], 
     filtered = without_host_sockets(profile)
     for family in FAMILIES:
         got = verdicts(filtered, "socket", high | family)
-        assert got <= ({ERRNO} if family in (38, 40) else {ALLOW, LOG}), family
+        assert got <= ({ERRNO} if family in (38, 40) else {ALLOW, LOG, TRACE}), family
+    for untold in ("socketcall", "io_uring_setup"):
+        assert verdicts(filtered, untold) == {ERRNO}
     if profile["defaultAction"] == ERRNO:
-        assert verdicts(filtered, "socketcall") == {ERRNO}
-        assert verdicts(filtered, "read") <= {ALLOW, LOG}
+        assert verdicts(filtered, "read") <= {ALLOW, LOG, TRACE}
 
 
 def test_a_profile_that_denies_sockets_stays_that_way() -> None:
