@@ -26,7 +26,7 @@ from tests.streamkit import ALL, OUT, TTY, Command, StreamPod, WebSocket, exit_c
 @pytest.fixture(params=["host", "guest"])
 async def pod(agent: AgentKit, request: pytest.FixtureRequest) -> AsyncIterator[StreamPod]:
     """Of the host, whose agent hands pipes and sockets over, and as a VM, where all goes in frames."""
-    config = StreamingConfig(creation_timeout=2.0)
+    config = StreamingConfig()
     async with stream_pod(agent, config, guest=request.param == "guest") as made:
         yield made
 
@@ -390,6 +390,7 @@ async def test_a_stopped_attach_does_not_stop_the_log(pod: StreamPod) -> None:
 
 async def test_a_client_that_opens_no_streams_is_dropped(pod: StreamPod) -> None:
     container = await pod.run("sleep", "1000")
+    pod.creation = 2.0
     command = await Command.open(pod.exec_url(container, "true", wanted=ALL), OUT)
     async with asyncio.timeout(15):
         await command.client.closed.wait()
