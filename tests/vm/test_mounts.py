@@ -17,6 +17,7 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from hyperpod.api.gen.runtime import v1 as cri
+from hyperpod.processes import stat_fields
 from tests.daemonkit import Cri, Daemon, daemon
 
 pytestmark = pytest.mark.vm
@@ -50,14 +51,14 @@ async def client(own_daemon: Daemon, pod_id: str) -> AsyncIterator[Cri]:
 
 
 def virtiofsd(one: Daemon, pod: str) -> list[int]:
-    """Its process and the confined child."""
+    """Its process and the confined child; numbers start anew at some point, so the lower one may be either."""
     share = str(one.run_dir / "m" / pod[:12] / "share").encode()
-    found = []
+    parents = {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdecimal() and share in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-    return sorted(found)
+                parents[int(entry.name)] = int(stat_fields(entry.name)[1])
+    return sorted(parents, key=lambda pid: parents[pid] in parents)
 
 
 def share_mounts(one: Daemon, pod: str) -> list[str]:
