@@ -56,8 +56,8 @@ class Attachment(Record):
     """A pod's place in a network, written before ADD is called, and again with its result.
 
     DEL uses this and not what the configuration folder holds by then. `conflist` is the file's text; `args` and
-    `runtime` are CNI_ARGS and the values of the capabilities. `result` is the last plugin's raw answer, empty until
-    ADD has succeeded.
+    `runtime` are CNI_ARGS and the values of the capabilities. `result` is the raw answer of the last plugin that
+    answered ADD; empty before.
     """
 
     source: str

@@ -1,6 +1,7 @@
 """Calls the plugins of a network: ADD in order, DEL in reverse, CHECK, STATUS (specification, section 2).
 
-An Attachment goes in and out: the caller writes it down before ADD and after it, and DEL needs nothing else.
+An Attachment goes in and out: the caller writes it down before ADD and at each plugin's answer, and DEL needs
+nothing else.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from hyperpod.errors import NetworkError
@@ -47,10 +48,16 @@ class Cni:
                 await self._call("STATUS", network, plugin, {}, timeout=STATUS_TIMEOUT)
         return network
 
-    async def add(self, attachment: Attachment) -> tuple[Attachment, CniResult]:
-        """Join; the attachment with its result. A failure leaves things behind: call `delete` then."""
+    async def add(
+        self, attachment: Attachment, keep: Callable[[Attachment], Awaitable[None]] | None = None
+    ) -> tuple[Attachment, CniResult]:
+        """Join; the attachment with its result. A failure leaves things behind: call `delete` then.
+
+        `keep` is given the attachment with each plugin's result: when a later one fails, or we end, some plugins
+        (firewall) remove nothing without."""
         network = _network(attachment)
         runtime = json.loads(attachment.runtime)
+        result = CniResult()
         previous: dict[str, Any] | None = None
         for plugin in network.plugins:
             done = await self._call(
@@ -60,10 +67,11 @@ class Cni:
             if not done.stdout.strip():
                 raise NetworkError(f"{what} printed no result")
             previous = decode(what, done.stdout)
-            parse_result(what, previous)
-        assert previous is not None, "a conflist has a plugin"
-        result = parse_result(network.source, previous)
-        return attachment.model_copy(update={"result": json.dumps(previous)}), result
+            result = parse_result(what, previous)
+            attachment = attachment.model_copy(update={"result": json.dumps(previous)})
+            if keep is not None:
+                await keep(attachment)
+        return attachment, result
 
     async def delete(self, attachment: Attachment, *, netns: str) -> None:
         """Leave; every plugin in reverse order, also when ADD was cut short. `netns` is empty when it is gone.

@@ -1,7 +1,8 @@
 """The network of each sandbox: namespace, CNI attachment and taps, made in this order and undone in reverse.
 
-`network.json` in the sandbox's record folder is written before ADD and again with its result, so DEL always knows
-what ADD used, after a crash, a change of the configuration, or a reboot. It goes when DEL has succeeded.
+`network.json` in the sandbox's record folder is written before ADD and again with each plugin's result, so DEL
+always knows what ADD used and gave, after a crash, a change of the configuration, or a reboot. It goes when DEL has
+succeeded.
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ class PodNetworks:
             runtime=podnet.runtime_json(record.config),
         )
         await self._write(record.id, attachment)
-        attachment, result = await self.cni.add(attachment)
+        # For this boot only: whatever needs it (rules, links) ends with the host.
+        attachment, result = await self.cni.add(
+            attachment, lambda one: self._write(record.id, one, durable=False)
+        )
         failpoints.passing("sandbox.cni")
         await self._write(record.id, attachment)
         addresses = _addresses(result, attachment.ifname)
@@ -136,9 +140,9 @@ class PodNetworks:
                 log.warning("network namespace %s belongs to no sandbox; removing it", short)
                 await self.namespaces.remove(short)
 
-    async def _write(self, sandbox_id: str, attachment: Attachment) -> None:
+    async def _write(self, sandbox_id: str, attachment: Attachment, *, durable: bool = True) -> None:
         data = attachment.model_dump_json().encode()
-        await asyncio.to_thread(write_atomic, self._folder(sandbox_id) / FILE, data)
+        await asyncio.to_thread(write_atomic, self._folder(sandbox_id) / FILE, data, durable=durable)
 
 
 def _read(path: Path) -> Attachment | None:
