@@ -78,7 +78,8 @@ class Network:
         left += [f"bridge port {name}" for name in ports]
         for program in ("iptables-save", "ip6tables-save"):
             rules = subprocess.run([program], capture_output=True, text=True, check=True).stdout
-            left += [f"{program}: {line}" for line in rules.splitlines() if self.name in line]
+            own = (self.name, f"{self.v4}.", self.v6)  # the firewall plugin's name no network
+            left += [f"{program}: {x}" for x in rules.splitlines() if any(word in x for word in own)]
         return left
 
     def ports(self) -> list[str]:
