@@ -18,6 +18,9 @@ from hyperpod.wire import rtnetlink as rt
 MAX_INTERFACES = 4
 """Of a pod. Each is a card of its VM, which has slots for more than twenty."""
 
+MAX_MTU = 65_521
+"""Of a tap: 64 KiB, less 1 and the Ethernet header (the kernel's tun.c)."""
+
 _RTPROT_RA = 9
 
 
@@ -39,6 +42,12 @@ def read_interfaces(sandbox_id: str) -> tuple[GuestInterface, ...]:
         raise NetworkError("the plugins made no interface that is up in the pod's namespace")
     if len(links) > MAX_INTERFACES:
         raise NetworkError(f"the plugins made {len(links)} interfaces; a VM takes {MAX_INTERFACES}")
+    for link in links:
+        if link.mtu > MAX_MTU:
+            raise NetworkError(
+                f"{link.name} has an MTU of {link.mtu}, and a VM's card takes {MAX_MTU} at most: set mtu in the "
+                "network's configuration"
+            )
     links.sort(key=lambda link: (link.name != "eth0", link.index))
     return tuple(
         GuestInterface(

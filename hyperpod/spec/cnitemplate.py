@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from hyperpod.errors import InvalidArgument
-from hyperpod.spec.cni import decode, parse_conflist
+from hyperpod.logs import printable
+from hyperpod.spec.cni import CniError, decode, parse_conflist
 
 MAX_NETWORKS = 8
 
@@ -47,6 +48,11 @@ def fill(source: str, text: str, cidrs: Sequence[str]) -> str:
             return {key: filled(item) for key, item in value.items()}
         if isinstance(value, list):
             return [filled(item) for item in value]
+        if isinstance(value, str) and "{{" in value and value not in holes:
+            raise CniError(
+                f"{source}: {printable(repr(value), 100)} is no hole that can be filled; these can, each a whole "
+                f"string: {', '.join(holes)}"
+            )
         return holes.get(value, value) if isinstance(value, str) else value
 
     done = json.dumps(filled(decode(source, text)), indent=2) + "\n"

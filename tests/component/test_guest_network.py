@@ -160,6 +160,15 @@ async def test_too_many_interfaces(guest: Namespaces) -> None:
         await guest.run(path, lambda: links.read_interfaces(GUEST))
 
 
+async def test_packets_that_no_card_takes(guest: Namespaces) -> None:
+    path = guest.path(GUEST)
+    await shell(path, "ip link set enp1s0 mtu 65535 up")
+    with pytest.raises(NetworkError, match=r"enp1s0 has an MTU of 65535.* 65521 at most: set mtu"):
+        await guest.run(path, lambda: links.read_interfaces(GUEST))
+    await shell(path, "ip link set enp1s0 mtu 65521")
+    assert 65521 in [x.mtu for x in await guest.run(path, lambda: links.read_interfaces(GUEST))]
+
+
 async def test_a_tap_that_goes_with_qemu_while_it_is_joined(guest: Namespaces) -> None:
     card = GuestInterface(name="enp1s0", mac="0a:00:00:00:00:01", mtu=1500, tap=links.tap_name(GUEST, 0))
 

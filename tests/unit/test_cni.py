@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -247,6 +248,9 @@ def test_a_template_is_filled() -> None:
     assert filled["plugins"][1]["subnet"] == "10.4.0.0/24"
     with pytest.raises(CniError, match="t: not JSON"):
         cnitemplate.fill("t", "{{range .PodCIDRRanges}}", ["10.0.0.0/8"])
+    for hole in ("{{ .PodCIDR }}", "{{.PodCIDR}},", "{{.Gateway}}"):
+        with pytest.raises(CniError, match=rf"t: '{re.escape(hole)}' is no hole .* {{{{.PodCIDR}}}}, {{{{"):
+            cnitemplate.fill("t", conflist(plugins=[{"type": "x", "subnet": hole}]), ["10.0.0.0/8"])
     with pytest.raises(InvalidArgument, match="pod_cidr: 'x' is not a network"):
         cnitemplate.networks("10.0.0.0/8,x")
     assert cnitemplate.networks(" ,") == ()
