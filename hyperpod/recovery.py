@@ -52,7 +52,7 @@ class Recovery:
                 await self._recover(sandbox, running)
 
         await asyncio.gather(*(one(sandbox) for sandbox in live))
-        await self._leave_networks(aside)
+        await asyncio.gather(*(self._leave_network(ident, gate) for ident in aside))
         await self._sweep(live)
         if live or container_records:
             log.info(
@@ -93,13 +93,13 @@ class Recovery:
             return self.sandboxes.hosts.agent_pid(sandbox) > 0
         return sandbox.record.domain in running
 
-    async def _leave_networks(self, aside: list[str]) -> None:
-        """Sandboxes whose record cannot be read: their VMs are gone, their addresses are given back."""
-        for ident in aside:
-            try:
+    async def _leave_network(self, ident: str, gate: asyncio.Semaphore) -> None:
+        """Of one whose record cannot be read: its VM is gone, its address is given back, if not now, later."""
+        try:
+            async with gate, asyncio.timeout(PER_OBJECT):
                 await self.sandboxes.networks.detach(ident, self.sandboxes.store.aside(ident))
-            except HyperpodError as exc:
-                log.error("sandbox %s, set aside: %s", ident[:12], exc)
+        except (HyperpodError, TimeoutError, OSError) as exc:
+            log.error("sandbox %s, set aside, keeps its address: %s", ident[:12], exc or "timeout")
 
     async def _sweep(self, live: list[LiveSandbox]) -> None:
         """Shims, folders and cgroups of sandboxes that nobody knows."""

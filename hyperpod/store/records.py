@@ -126,13 +126,12 @@ class RecordStore(Generic[R, S]):
         await asyncio.to_thread(remove)
 
     async def load(self) -> tuple[dict[str, tuple[R, S]], list[str]]:
-        """Every readable object by id, and the ids set aside because they were not readable."""
+        """Every readable object by id, and the ids of all that were set aside, now or ever, as not readable."""
         return await asyncio.to_thread(self._load)
 
     def _load(self) -> tuple[dict[str, tuple[R, S]], list[str]]:
         self.root.mkdir(parents=True, exist_ok=True, mode=0o711)
         found: dict[str, tuple[R, S]] = {}
-        aside: list[str] = []
         for folder in sorted(self.root.iterdir()):
             if not (folder / "record.json").exists():
                 shutil.rmtree(folder, ignore_errors=True)  # create or delete was cut off
@@ -146,6 +145,5 @@ class RecordStore(Generic[R, S]):
                 target = self.aside(folder.name)
                 shutil.rmtree(target, ignore_errors=True)
                 folder.rename(target)
-                aside.append(folder.name)
                 log.error("unreadable record %s set aside to %s: %s", folder.name, target, exc)
-        return found, aside
+        return found, sorted(os.listdir(self._aside)) if self._aside.exists() else []

@@ -200,6 +200,25 @@ async def test_a_host_reboot(own_daemon: Daemon) -> None:
     assert own_daemon.leftovers() == []
 
 
+async def test_pods_with_damaged_records_leave_nothing(own_daemon: Daemon) -> None:
+    """Also where the daemon was killed after it had set one aside, or its plugins would not leave then."""
+    async with client_of(own_daemon, "host") as client:
+        await client.load_busybox()
+        one, two, three = [await client.run_pod() for _ in range(3)]
+    own_daemon.stop()
+    records, aside = own_daemon.state / "sandboxes", own_daemon.state / "unreadable" / "sandboxes"
+    (records / one / "record.json").write_bytes(b"{")
+    aside.mkdir(parents=True)
+    (records / two).rename(aside / two)
+    own_daemon.start()
+    async with client_of(own_daemon, "host") as client:
+        [item] = (await client.runtime.list_pod_sandbox(cri.ListPodSandboxRequest())).items
+        assert item.id == three
+        await client.remove_pod(three)
+    assert own_daemon.leftovers() == []
+    assert (aside / one / "record.json").exists() and (aside / two / "record.json").exists()
+
+
 async def test_the_daemon_killed_at_every_step(own_daemon: Daemon) -> None:
     names = (name for name in failpoints.NAMES if name not in failpoints.OF_VMS)
     await killed_at_every_step(own_daemon, names, "host")
