@@ -148,6 +148,19 @@ class Config(Section):
     streaming: StreamingConfig = StreamingConfig()
     client: ClientConfig = ClientConfig()
 
+    @field_validator("state_dir", "run_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        """Programs that we start, in folders of their own, are given paths below."""
+        return Path.cwd() / value
+
+    @field_validator("state_dir")
+    @classmethod
+    def _plain(cls, value: Path) -> Path:
+        if found := {*",\\"} & {*str(value)}:
+            raise ValueError(f"state_dir {str(value)!r} has a {found.pop()!r}, which mount options cannot hold")
+        return value
+
     @field_validator("run_dir")
     @classmethod
     def _short(cls, value: Path) -> Path:

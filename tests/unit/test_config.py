@@ -30,6 +30,7 @@ def test_sources_in_order(tmp_path: Path) -> None:
         ("[vm]\nmemori = 1\n", "vm.memori"),
         ('listen = "tcp://1.2.3.4"\n', "listen"),
         (f'run_dir = "/{"x" * 80}"\n', "run_dir"),
+        ('state_dir = "/a,b"\n', "state_dir '/a,b' has a ','"),
         ("sandbox_slots = 0\n", "sandbox_slots"),
         ("not toml", "c.toml"),
     ],
@@ -37,6 +38,13 @@ def test_sources_in_order(tmp_path: Path) -> None:
 def test_errors_name_the_key(tmp_path: Path, text: str, word: str) -> None:
     with pytest.raises(InvalidArgument, match=word):
         load(write(tmp_path, text), {})
+
+
+def test_folders_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load(None, {"state_dir": Path("state")}).state_dir == tmp_path / "state"
+    monkeypatch.chdir("/run")
+    assert load(None, {"run_dir": Path("a")}).run_dir == Path("/run/a")
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
