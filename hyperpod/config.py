@@ -158,7 +158,9 @@ class Config(Section):
     @classmethod
     def _plain(cls, value: Path) -> Path:
         if found := {*",\\"} & {*str(value)}:
-            raise ValueError(f"state_dir {str(value)!r} has a {found.pop()!r}, which mount options cannot hold")
+            raise ValueError(
+                f"state_dir {str(value)!r} has a {found.pop()!r}, which mount options cannot hold"
+            )
         return value
 
     @field_validator("run_dir")

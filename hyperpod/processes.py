@@ -38,4 +38,5 @@ def recall(file: Path) -> int:
         pid, began = map(int, file.read_text().split())
     except (OSError, ValueError):
         return 0
-    return pid if running_since(pid) == began else 0
+    # Of a process that died before anybody could look, no beginning is known.
+    return pid if began and running_since(pid) == began else 0
