@@ -8,8 +8,9 @@ classes, so a newer CRI cannot bring one in unnoticed. README lists the harmless
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import betterproto2
@@ -33,9 +34,12 @@ class Harmless:
 
 @dataclass(frozen=True)
 class Refused:
-    """Not built: an error when set, that is, present, not empty and not zero."""
+    """Not built: an error when set, that is, present, not empty and not zero.
+
+    `here`: whether this host is one where the field means something; elsewhere nobody misses it."""
 
     why: str = "not built yet"
+    here: Callable[[], bool] = lambda: True
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ _OLD_PROFILES = ("", "runtime/default", "docker/default", "unconfined")
 _NO_APPARMOR = "the guest has no AppArmor"
 
 
+def has_selinux() -> bool:
+    """Whether this host's kernel enforces labels, or tells what it would."""
+    return Path("/sys/fs/selinux/enforce").exists()
+
+
 def _under(prefix: str, table: Table) -> Table:
     return {f"{prefix}.{path}": rule for path, rule in table.items()}
 
@@ -76,7 +85,10 @@ _NAMESPACES: Table = {
     "userns_options.mode": Only((_POD, _NODE), "a user namespace is the pod's or the node's", never=None),
     **_honoured("userns_options.uids", "userns_options.gids"),
 }
-_SELINUX: Table = dict.fromkeys(("user", "role", "type", "level"), Refused("the guest has no SELinux"))
+_SELINUX: Table = dict.fromkeys(
+    ("user", "role", "type", "level"), Refused("SELinux labels are not built yet", has_selinux)
+)
+"""Network agents' charts name labels for whatever node there may be; without SELinux other runtimes ignore them."""
 _POD_NAMESPACES: Table = {
     **_NAMESPACES,
     "pid": Only((_POD, _CONTAINER, _NODE), "TARGET is a container's", never=None),
@@ -210,7 +222,7 @@ def refuse(request: betterproto2.Message) -> None:
         return
     for path, where, value in _fields(request, table):
         rule = table.get(path)
-        if isinstance(rule, Refused) and value:
+        if isinstance(rule, Refused) and value and rule.here():
             raise Unsupported(f"{where} is set{_which(value)}: {rule.why}")
         if isinstance(rule, Only) and value not in rule.values:
             error = InvalidArgument if rule.never is None or value in rule.never else Unsupported

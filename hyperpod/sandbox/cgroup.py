@@ -31,6 +31,9 @@ REMOVE_TIMEOUT = 5.0
 FIRST_RETRY, LAST_RETRY = 0.001, 0.05
 """Seconds between looks whether they have; a process ends within one or two milliseconds."""
 
+_V1_UNLIMITED = 1 << 62
+"""cgroup v1 writes "no limit" as a number of pages just below 2^63 bytes."""
+
 _MAKE_ATTEMPTS = 5
 _UNUSABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 _CPUSET = ("cpuset.cpus", "cpuset.mems")
@@ -68,6 +71,15 @@ class SandboxCgroups:
     async def oom_kills(self, path: str) -> int:
         """How many processes of it this host has killed for want of memory."""
         return await asyncio.to_thread(self._oom_kills, path)
+
+    def is_unlimited(self, path: str) -> bool:
+        """Whether this cgroup, any one's, is there and has no memory limit of its own."""
+        for hierarchy in self.all:
+            for name in ("memory.max", "memory.limit_in_bytes"):  # v2, v1
+                with contextlib.suppress(OSError):
+                    limit = Path(f"{hierarchy.mount}{path}/{name}").read_text().strip()
+                    return limit == "max" or int(limit) >= _V1_UNLIMITED
+        return False
 
     async def remove(self, path: str, domain: str = "") -> list[int]:
         """Kill who is left in it and remove it, and what libvirt has left of `domain`; safe to repeat.

@@ -37,6 +37,7 @@ from hyperpod.sandbox.live import LiveSandbox, SandboxListener
 from hyperpod.sandbox.phases import Laps
 from hyperpod.sandbox.userns import UserNamespaces
 from hyperpod.spec import place, podnet
+from hyperpod.spec.cgroup import parent_folder
 from hyperpod.spec.resources import MIB, vm_size
 from hyperpod.spec.userns import check_pod
 from hyperpod.store.index import IdIndex
@@ -244,7 +245,7 @@ class SandboxManager:
         ]
 
     def _size(self, config: SandboxConfig) -> VmSize:
-        vm = self.config.vm
+        vm, parent = self.config.vm, config.cgroup_parent
         return vm_size(
             config.resources,
             config.overhead,
@@ -256,6 +257,8 @@ class SandboxManager:
             max_memory_mib=vm.max_memory_mib,
             host_memory_mib=artifacts.host_size().memory_mib,
             host_cpus=artifacts.host_size().vcpus,
+            # Where the kubelet sets a limit, it knows one of every container.
+            bounded=not (parent and self.cgroups.is_unlimited(parent_folder(parent))),
         )
 
     def adopt(self, record: SandboxRecord, status: SandboxStatus) -> LiveSandbox:

@@ -31,9 +31,15 @@ def vm_size(
     max_memory_mib: int,
     host_memory_mib: int,
     host_cpus: int,
+    bounded: bool = True,
 ) -> VmSize:
-    """Decide a VM's size. Raises InvalidArgument when its RAM would exceed the host's."""
+    """Decide a VM's size. Raises InvalidArgument when its RAM would exceed the host's.
+
+    `bounded`: every container of the pod has a memory limit, as far as is known. A kubelet's sum leaves out those
+    that have none, for which there has to be room, too."""
     wanted = -(-resources.memory_limit // MIB) if resources.memory_limit > 0 else default_mib
+    if not bounded:
+        wanted = max(wanted, default_mib)
     memory = base_mib + max(wanted, floor_mib)
     memory = -(-memory // ROUND_MIB) * ROUND_MIB
     if memory > host_memory_mib:

@@ -101,6 +101,20 @@ async def test_made_filled_and_removed(found: Sequence[Hierarchy], parent: str) 
     await cgroups.remove(path)
 
 
+async def test_whether_a_pod_has_a_memory_limit(parent: str) -> None:
+    cgroups = SandboxCgroups()
+    assert not cgroups.is_unlimited(f"{parent}/none")
+    [limit] = [
+        path
+        for hierarchy in MOUNTED
+        for name in ("memory.max", "memory.limit_in_bytes")
+        if (path := Path(f"{hierarchy.mount}{parent}/{name}")).exists()
+    ]
+    assert cgroups.is_unlimited(parent)
+    limit.write_text(str(64 << 20))
+    assert not cgroups.is_unlimited(parent)
+
+
 async def test_without_a_parent_nothing_is_left_when_the_last_one_goes() -> None:
     cgroups = SandboxCgroups()
     paths = [sandbox_folder("", new_id()) for _ in range(8)]

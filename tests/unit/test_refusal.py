@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 
 import betterproto2
 import pytest
@@ -72,7 +73,10 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("kind", "path"), REFUSED, ids=lambda x: x if isinstance(x, str) else "")
-def test_refused_fields_are_named(kind: type[betterproto2.Message], path: str) -> None:
+def test_refused_fields_are_named(
+    kind: type[betterproto2.Message], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "exists", lambda _: True)  # of the files that tell what a host has
     raw = bytes(_set_one(kind, path))
     with pytest.raises(Unsupported) as info:
         refusal.refuse(kind.parse(raw))
@@ -147,6 +151,11 @@ def test_apparmor_profiles_are_refused() -> None:
         refusal.refuse(_container(apparmor=profile))
     with pytest.raises(Unsupported, match="apparmor_profile is 'localhost/x'"):
         refusal.refuse(_container(apparmor_profile="localhost/x"))
+
+
+def test_selinux_labels_mean_nothing_on_a_node_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    refusal.refuse(_container(selinux_options=cri.SeLinuxOption(type="spc_t", level="s0")))
 
 
 def test_an_empty_list_and_an_empty_selinux_context_are_not_set() -> None:

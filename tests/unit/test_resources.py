@@ -19,7 +19,7 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def size(resources: LinuxResources, overhead: LinuxResources | None = None, **changes: int) -> VmSize:
+def size(resources: LinuxResources, overhead: LinuxResources | None = None, **changes: Any) -> VmSize:
     return vm_size(resources, overhead or LinuxResources(), **{**DEFAULTS, **changes})
 
 
@@ -38,6 +38,13 @@ def test_limit_and_floor_and_overhead() -> None:
     assert "overhead of 32 MiB is less" in small.reason
     enough = size(LinuxResources(memory_limit=1), LinuxResources(memory_limit=160 * MIB))
     assert "overhead" not in enough.reason
+
+
+def test_a_container_without_a_limit_beside_one_that_has_one() -> None:
+    sidecar = LinuxResources(memory_limit=64 * MIB)
+    assert size(sidecar).memory_mib == 256
+    assert size(sidecar, bounded=False).memory_mib == 512
+    assert size(LinuxResources(memory_limit=1024 * MIB), bounded=False).memory_mib == 1120
 
 
 @pytest.mark.parametrize(
