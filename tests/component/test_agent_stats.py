@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from hyperpod.agent import stats as stats_of
 from hyperpod.agent.stats import PAGE
 from hyperpod.agentclient.figures import Bounds, SandboxFigures
 from hyperpod.api.gen.hyperpod.agent.v1 import StatsResponse
@@ -62,6 +66,25 @@ async def test_a_busy_and_hungry_container_is_seen(agent: AgentKit) -> None:
     assert guest.disk_size > guest.disk_free > 0
     await agent.client.remove_container(ident)
     assert set((await stats(agent)).containers) == {created}
+
+
+async def test_open_files_are_counted_without_listing_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    held = [*socket.socketpair(), *socket.socketpair()]
+    fds = [sock.fileno() for sock in held] + [os.dup(read) for _ in range(100)]
+    with subprocess.Popen(["sleep", "600"], stdin=read, pass_fds=fds) as process:
+        try:
+            listed = len(os.listdir(f"/proc/{process.pid}/fd"))
+            assert listed == 3 + len(fds)
+            assert stats_of.open_files([process.pid, process.pid]) == (2 * listed, 2 * len(held))
+            monkeypatch.setattr(stats_of, "MAX_LINKS", listed)
+            assert stats_of.open_files([process.pid, process.pid]) == (2 * listed, len(held))
+        finally:
+            process.kill()
+    for fd in (read, write, *fds[len(held) :]):
+        os.close(fd)
+    for sock in held:
+        sock.close()
 
 
 async def test_more_containers_than_a_page_holds(agent: AgentKit) -> None:
