@@ -137,7 +137,10 @@ class StatsCollector:
 
     def _bounds(self, sandbox: LiveSandbox) -> Bounds:
         size = sandbox.record.size
-        age = max(now_ns() - sandbox.record.created_at, 0)
+        age = now_ns() - sandbox.record.created_at
+        # Nothing that runs is older than the host's run, and that is all that is known once the clock was set back.
+        uptime = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        age = min(age, uptime) if age > 0 else uptime
         memory, disk = size.max_memory_mib << 20, self._scratch(sandbox)
         of_node = sandbox.record.config.namespaces.network is NamespaceMode.NODE
         interfaces = 0 if of_node else MAX_INTERFACES

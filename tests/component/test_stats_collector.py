@@ -75,6 +75,15 @@ async def test_callers_share_an_answer(tmp_path: Path, monkeypatch: pytest.Monke
         assert rate is not None and 0 < rate < 10**9
 
 
+async def test_a_clock_that_was_set_back_takes_no_figures_away(tmp_path: Path) -> None:
+    async with collecting(tmp_path, Agent()) as (collector, sandbox):
+        later = time.time_ns() + 3600 * 10**9
+        sandbox.record = sandbox.record.model_copy(update={"created_at": later})
+        sample = (await collector.collect([sandbox]))[sandbox.id]
+        assert sample is not None and sample.figures.guest.containers is not None
+        assert sample.figures.guest.containers.cpu_usage_ns == 10**8
+
+
 async def test_a_silent_agent_is_told_by_its_last_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
