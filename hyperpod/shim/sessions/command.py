@@ -56,11 +56,12 @@ class CommandSession(Session):
         self._size: Resized | None = None
 
     async def _receive(self, data: bytes) -> None:
+        taken = 0
         for event in self.protocol.receive(data):
             match event:
                 case Stdin(payload):
                     self.input.put(payload)
-                    self.protocol.consumed(len(payload))
+                    taken += len(payload)
                 case Ready():
                     self._ready.set()
                 case StdinEnded():
@@ -70,6 +71,7 @@ class CommandSession(Session):
                     self._resize(event)
                 case Left():
                     raise ClientGone("the client said goodbye")
+        self.protocol.consumed(taken)
         if self.input.full:
             self.flush()
             await self.client.hold(self.input.room())

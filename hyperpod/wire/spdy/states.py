@@ -12,6 +12,8 @@ from hyperpod.wire.spdy.errors import ResetStatus
 
 
 class Half(Enum):
+    __hash__ = object.__hash__  # each frame looks it up, and an Enum's own is a function in Python
+
     IDLE = auto()
     """The stream does not exist."""
     MUST_REPLY = auto()
@@ -22,6 +24,8 @@ class Half(Enum):
 
 class Sends(Enum):
     """What a half can do."""
+
+    __hash__ = object.__hash__
 
     SYN = auto()
     SYN_FIN = auto()
