@@ -181,8 +181,12 @@ class AgentKit:
     @classmethod
     async def claim(cls, place: AgentPlace) -> AgentKit:
         client = AgentClient(place.endpoint, place.sandbox_id, place.token)
-        await client.connect(claim=True, timeout=TIMEOUT)
-        await client.hello(host_time_ns=0, entropy=os.urandom(16), hostname="", sysctls={})
+        try:
+            await client.connect(claim=True, timeout=TIMEOUT)
+            await client.hello(host_time_ns=0, entropy=os.urandom(16), hostname="", sysctls={})
+        except BaseException:
+            await client.close()  # else it is a failure of whichever test runs when it is collected
+            raise
         return cls(place, client)
 
     async def another_client(self) -> AgentClient:

@@ -17,9 +17,11 @@ from tests.agentkit import TIMEOUT, AgentKit, AgentPlace
 
 async def connect(place: AgentPlace, sandbox: str, token: bytes, *, claim: bool) -> None:
     client = AgentClient(place.endpoint, sandbox, token)
-    await client.connect(claim=claim, timeout=TIMEOUT)
-    await client.list_containers()
-    await client.close()
+    try:
+        await client.connect(claim=claim, timeout=TIMEOUT)
+        await client.list_containers()
+    finally:
+        await client.close()
 
 
 async def test_wrong_token_and_wrong_sandbox(agent: AgentKit) -> None:
