@@ -135,6 +135,17 @@ async def test_texts_are_escaped_and_bounded(tmp_path: Path) -> None:
         assert str(info.value).isprintable()
 
 
+async def test_a_deadline_is_one_whoever_notices_it(tmp_path: Path) -> None:
+    """While the daemon is busy the agent's word of it comes before its own timer is looked at."""
+
+    async def late(call: Call) -> None:
+        call.headers(("grpc-status", "4"), end=True)
+
+    async with hostile(tmp_path, late) as (_, client):
+        with pytest.raises(DeadlineExceeded, match="WaitExec in time"):
+            await client.wait_exec(ID, "e", timeout=60)
+
+
 async def oversize(call: Call) -> None:
     call.headers()
     call.data(b"\0\xff\xff\xff\xff")
