@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from hyperpod import failpoints
 from hyperpod.agentclient.types import AgentContainerState, ContainerInfo
 from hyperpod.container.known import KnownContainers
+from hyperpod.container.live import LiveContainer
 from hyperpod.errors import HyperpodError
 from hyperpod.model.base import now_ns
 from hyperpod.model.container import OOM_CODE, UNKNOWN_CODE, ContainerState, Reason
@@ -36,12 +37,24 @@ class ContainerLives:
         self._known, self._remove, self._owner = known, remove, owner
         self._deaf: set[str] = set()
         """Sandboxes whose guest let SIGKILL pass: asking it again would be time lost."""
+        self._exits: dict[str, asyncio.Task[None]] = {}
+        """Reports that wait for the end of a log, by container."""
 
-    async def container_exited(self, sandbox: LiveSandbox, info: ContainerInfo) -> None:
-        """The agent's report: first the log is complete, then the exit is told."""
+    def container_exited(self, sandbox: LiveSandbox, info: ContainerInfo) -> asyncio.Task[None] | None:
+        """The agent's report. A task each: one log that does not end must not hold back another container's exit.
+
+        One at a time for a container: a guest may repeat itself a thousand times while its log is waited for."""
         container = self._known.index.find(info.id)
         if container is None or container.sandbox_id != sandbox.id or container.status.finished_at:
-            return
+            return None
+        if (task := self._exits.get(container.id)) is None:
+            task = self._owner.spawn(f"exit/{container.short}", self._tell_exit(container, sandbox, info))
+            self._exits[container.id] = task
+            task.add_done_callback(lambda _: self._exits.pop(container.id, None))
+        return task
+
+    async def _tell_exit(self, container: LiveContainer, sandbox: LiveSandbox, info: ContainerInfo) -> None:
+        """First the log is complete, then the exit is told."""
         try:
             result = await sandbox.need_shim().log_finish(container.id, timeout=LOG_DRAIN)
             if not result.complete or result.gap_bytes:
@@ -106,7 +119,7 @@ class ContainerLives:
         settled = [c for c in self._known.of(sandbox.id) if not c.lock.locked()]
         agent = await sandbox.session.client()
         known = {info.id: info for info in await agent.list_containers()}
-        exits: list[asyncio.Task[None]] = []
+        exits: set[asyncio.Task[None]] = set()
         for container in settled:
             info = known.get(container.id)
             if container.status.finished_at or container.status.removing or container.lock.locked():
@@ -119,10 +132,8 @@ class ContainerLives:
                     started_at=container.status.started_at or now_ns(),
                 )  # fmt: skip
             elif info.exited:
-                # A task each: one container's log that does not end must not hold back the others, or the pod.
-                exits.append(
-                    self._owner.spawn(f"exit/{container.short}", self.container_exited(sandbox, info))
-                )
+                if (task := self.container_exited(sandbox, info)) is not None:
+                    exits.add(task)
             elif info.state is AgentContainerState.RUNNING and not container.status.started_at:
                 await self._known.set(container, started_at=min(info.started_at_ns, now_ns()), pid=info.pid)
         if exits:

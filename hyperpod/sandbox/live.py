@@ -118,8 +118,8 @@ class SandboxListener(Protocol):
     async def sandbox_removing(self, sandbox: LiveSandbox) -> None:
         """Forget its containers."""
 
-    async def container_exited(self, sandbox: LiveSandbox, info: ContainerInfo) -> None:
-        """The agent reports an exit."""
+    def container_exited(self, sandbox: LiveSandbox, info: ContainerInfo) -> object:
+        """The agent reports an exit, maybe again and again. Returns at once."""
 
     async def connected(self, sandbox: LiveSandbox) -> None:
         """Agent and shim are connected (again): reconcile."""

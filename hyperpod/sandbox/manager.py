@@ -276,8 +276,7 @@ class SandboxManager:
 
     def _watch(self, sandbox: LiveSandbox) -> None:
         async def on_exit(info: ContainerInfo) -> None:
-            # A task each: one container's log that does not end must not hold back another's exit.
-            self.owner.spawn(f"exit/{info.id[:12]}", self.listener.container_exited(sandbox, info))
+            self.listener.container_exited(sandbox, info)
 
         async def on_connected(_: object) -> None:
             await self.listener.connected(sandbox)
