@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 
 FORMAT = "%(asctime)s.%(msecs)03d %(levelname).1s %(name)s: %(message)s"
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+"""What may end a line, or mean something to a terminal."""
+
+
 class _OneLine(logging.Formatter):
-    """A message is one line, whatever text of a guest or an image it quotes: none may look like another event."""
+    """A message is one line, whatever text of a guest or an image it quotes: none may look like another event, nor
+    speak to the terminal of who reads it."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # the name that logging calls
-        record.message = record.message.replace("\n", "\\n")
+        record.message = _CONTROL.sub(lambda found: repr(found[0])[1:-1], record.message)
         return super().formatMessage(record)
 
 

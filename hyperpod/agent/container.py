@@ -301,8 +301,11 @@ class Container:
         )
 
     async def start(self) -> int:
-        """Gives the pid. A failure leaves it CREATED. Raises NotFound, FailedPrecondition."""
+        """Gives the pid, also of one that was started before: the answer to that was lost. A failure leaves it
+        CREATED. Raises NotFound, FailedPrecondition."""
         async with self._lock:
+            if self.status.started_at_ns and not self._removed:
+                return self.status.pid
             if self.status.state is not State.CREATED or self._removed:
                 raise FailedPrecondition(f"container {self.id[:12]} is {self.status.state.name}, not CREATED")
             tools = self.tools

@@ -84,11 +84,13 @@ class Containers:
         submounts: Sequence[str] = (),
         image_volumes: Sequence[ImageVolume] = (),
     ) -> Container:
+        """One that is there, or being made, is what is asked for again: ids are random, the answer was lost."""
         check_id("container", ident, 64)
         document = parse_object("the OCI spec", spec)
-        if ident in self._known:
-            raise AlreadyExists(f"container {ident[:12]} exists")
-        if len(self._known) >= MAX_CONTAINERS:
+        making = self._operations.running(f"create/{ident}")
+        if not making and (there := self._known.get(ident)) is not None:
+            return there
+        if not making and len(self._known) >= MAX_CONTAINERS:
             raise ResourceExhausted(f"there are {MAX_CONTAINERS} containers already")
         made = Container(ident, self.tools, self.events.publish, tty=tty, stdin=stdin, stdin_once=stdin_once)
         if security is not None and security.pid_target:
@@ -106,7 +108,7 @@ class Containers:
                 raise
 
         await self._operations.run(f"create/{ident}", prepare)
-        return made
+        return self.get(ident)
 
     async def start(self, ident: str) -> int:
         container = self.get(ident)

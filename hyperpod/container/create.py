@@ -108,22 +108,24 @@ class Creator:
                 submounts = await self._known.sandboxes.builder(sandbox).mount(sandbox, binds)
                 failpoints.passing("container.mounted")
             laps("record, layers, mounts")
-            agent = await sandbox.session.client()
+            await sandbox.session.client()
             # Its streams are there as soon as the agent has heard of it, long before its root is mounted.
             logging_to = self._owner.spawn(
                 f"log/{container.short}", self._known.start_log(container, sandbox)
             )
-            user = await agent.create_container(
-                ident,
-                oci_spec=spec,
-                layers=leased.root_for_agent(),
-                tty=config.tty,
-                stdin=config.stdin,
-                stdin_once=config.stdin_once,
-                security=security,
-                share=placement.share(sandbox.record, binds),
-                submounts=submounts,
-                image_volumes=leased.volumes_for_agent(),
+            user = await sandbox.session.repeatable(
+                lambda agent: agent.create_container(
+                    ident,
+                    oci_spec=spec,
+                    layers=leased.root_for_agent(),
+                    tty=config.tty,
+                    stdin=config.stdin,
+                    stdin_once=config.stdin_once,
+                    security=security,
+                    share=placement.share(sandbox.record, binds),
+                    submounts=submounts,
+                    image_volumes=leased.volumes_for_agent(),
+                )
             )
             laps("agent")
             scores = [

@@ -169,19 +169,23 @@ class _NothingYet(Exception):
 
 
 async def _read(sock: socket.socket) -> tuple[bytes, bytes]:
-    """Read the shim's records to their end.
+    """Read the shim's records to their end. The shim is as little trusted as what it reads.
 
     Raises GuestError for failed, ResourceExhausted for too much, _NothingYet."""
     reader, writer = await asyncio.open_connection(sock=sock)
-    parts: dict[int, list[bytes]] = {_STDOUT: [], _STDERR: []}
+    parts = {_STDOUT: bytearray(), _STDERR: bytearray()}
+    left = LIMIT
     try:
         while True:
             kind, length = _HEADER.unpack(await reader.readexactly(_HEADER.size))
+            if length > left:
+                raise GuestError(f"the shim hands on more than the {LIMIT} bytes that it was asked for")
+            left -= length
             data = await reader.readexactly(length) if length else b""
-            if kind in parts:
-                parts[kind].append(data)
+            if kind in parts and data:
+                parts[kind] += data
             elif kind == _END:
-                return b"".join(parts[_STDOUT]), b"".join(parts[_STDERR])
+                return bytes(parts[_STDOUT]), bytes(parts[_STDERR])
             elif kind == _TRUNCATED:
                 raise ResourceExhausted(f"the command printed more than {LIMIT} bytes; use a streaming exec")
             else:

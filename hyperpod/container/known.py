@@ -9,7 +9,7 @@ import os
 from hyperpod import failpoints
 from hyperpod.container.live import LiveContainer
 from hyperpod.container.logfile import open_log
-from hyperpod.errors import HyperpodError, NotFound
+from hyperpod.errors import HyperpodError, NotFound, ResourceExhausted
 from hyperpod.image.store import ImageStore
 from hyperpod.model.container import Container, ContainerRecord, ContainerStatus, Reason
 from hyperpod.sandbox.live import LiveSandbox
@@ -63,7 +63,13 @@ class KnownContainers:
         container.status = container.status.next(**changes)
         async with container.writing:
             if self.index.find(container.id) is container:
-                await self.store.update(container.id, container.status, durable=durable)
+                try:
+                    await self.store.update(container.id, container.status, durable=durable)
+                except ResourceExhausted as exc:
+                    if not (container.status.finished_at or container.status.removing):
+                        raise
+                    # What makes room must not want for it; an end is a fact that the next daemon learns anew.
+                    log.error("container %s: its end is not on record: %s", container.short, exc)
 
     async def finish(
         self, container: LiveContainer, code: int, reason: Reason, message: str, at: int, *, started_at: int
@@ -81,7 +87,7 @@ class KnownContainers:
                 started_at=started_at,
                 pid=0,
             )
-        finally:  # a full disk keeps no one waiting
+        finally:  # a broken disk keeps no one waiting
             container.exited.set()
         log.info("container %s exited: code %d, %s", container.short, code, reason.value)
 
@@ -115,8 +121,9 @@ class KnownContainers:
     async def start_log(self, container: LiveContainer, sandbox: LiveSandbox) -> None:
         """Its output goes into its log from here on, or from where a shim before left off."""
         fd = open_log(container.record.log_path) if container.record.log_path else None
+        tty = container.record.config.tty
         try:
-            await sandbox.need_shim().log_start(container.id, tty=container.record.config.tty, fd=fd)
+            await sandbox.of_any_shim(lambda shim: shim.log_start(container.id, tty=tty, fd=fd))
         finally:
             if fd is not None:
                 os.close(fd)
@@ -127,20 +134,28 @@ class KnownContainers:
             if container.record.config.mounts:
                 await self.sandboxes.builder(sandbox).unmount(sandbox, container.id)
                 failpoints.passing("container.unmounted")
-            unused = sandbox.disks.unused_after(container.id)
+            unused, forgotten = sandbox.disks.unused_after(container.id), sandbox.ready
             if sandbox.ready and unused:
                 try:
-                    await (await sandbox.session.client(timeout=1.0)).forget_layers(unused)
+                    await sandbox.session.repeatable(lambda agent: agent.forget_layers(unused))
                 except HyperpodError as exc:
+                    # A disk that goes from under its mount would be what the next container of the image gets.
                     log.warning("sandbox %s: layers stay mounted: %s", sandbox.short, exc)
-            await sandbox.disks.release(container.id, detach=sandbox.ready)
+                    forgotten = False
+            await sandbox.disks.release(container.id, detach=forgotten)
         self.images.release(container.id)
 
     async def discard(self, container: LiveContainer, sandbox: LiveSandbox) -> None:
-        """Undo a create that failed; what the guest has is told to go, if it listens."""
-        with contextlib.suppress(HyperpodError):
-            await (await sandbox.session.client(timeout=1.0)).remove_container(container.id)
+        """Undo a create that failed, whatever else fails: nobody sees it, and its name is wanted for the next try.
+
+        What the guest has is told to go, if it listens; else that is found at the next connection."""
+        if sandbox.ready:
+            with contextlib.suppress(HyperpodError):
+                await sandbox.session.repeatable(lambda agent: agent.remove_container(container.id))
         with contextlib.suppress(HyperpodError):
             await sandbox.need_shim().log_stop(container.id)
-        await self.release(container, sandbox)
+        try:
+            await self.release(container, sandbox)
+        except (HyperpodError, OSError) as exc:
+            log.error("container %s: not all that it had is given back: %s", container.short, exc)
         await self.forget(container)

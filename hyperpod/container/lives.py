@@ -10,11 +10,12 @@ from hyperpod import failpoints
 from hyperpod.agentclient.types import AgentContainerState, ContainerInfo
 from hyperpod.container.known import KnownContainers
 from hyperpod.container.live import LiveContainer
-from hyperpod.errors import HyperpodError
+from hyperpod.errors import FailedPrecondition, HyperpodError, Unavailable
 from hyperpod.model.base import now_ns
 from hyperpod.model.container import OOM_CODE, UNKNOWN_CODE, ContainerState, Reason
 from hyperpod.sandbox.live import LiveSandbox
-from hyperpod.tasks import TaskOwner
+from hyperpod.shimclient.client import LogEnd
+from hyperpod.tasks import TaskOwner, bounded
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,9 @@ LOG_DRAIN = 10.0
 
 EXITS_AT_ONCE = 2.0
 """Seconds that a reconnection waits for the exits that it has learnt of; usual logs are complete at once."""
+
+STRAYS = 30.0
+"""Seconds to end the containers that an agent has and should not."""
 
 KILL_ALL = 5.0
 """Seconds that stopping a sandbox gives its containers to die of SIGKILL before the VM goes."""
@@ -56,7 +60,7 @@ class ContainerLives:
     async def _tell_exit(self, container: LiveContainer, sandbox: LiveSandbox, info: ContainerInfo) -> None:
         """First the log is complete, then the exit is told."""
         try:
-            result = await sandbox.need_shim().log_finish(container.id, timeout=LOG_DRAIN)
+            result = await self._end_log(container, sandbox)
             if not result.complete or result.gap_bytes:
                 log.warning("container %s: its log misses output: %s", container.short, result)
         except HyperpodError as exc:
@@ -72,6 +76,16 @@ class ContainerLives:
         finished = min(max(info.finished_at_ns, started), now_ns())
         await self._known.finish(container, info.exit_code, reason, "", finished, started_at=started)
         failpoints.passing("container.exited")
+
+    async def _end_log(self, container: LiveContainer, sandbox: LiveSandbox) -> LogEnd:
+        """Wait for the last output. A shim that dies meanwhile has a successor, which goes on with the log."""
+        try:
+            return await sandbox.need_shim().log_finish(container.id, timeout=LOG_DRAIN)
+        except (Unavailable, FailedPrecondition):
+            if not sandbox.ready:
+                raise
+            await self._known.start_log(container, sandbox)
+            return await sandbox.need_shim().log_finish(container.id, timeout=LOG_DRAIN)
 
     async def vm_unresponsive(self, sandbox_id: str) -> None:
         """The guest does not even deliver SIGKILL: the VM itself is stopped."""
@@ -110,7 +124,9 @@ class ContainerLives:
     async def connected(self, sandbox: LiveSandbox) -> None:
         """Agent and shim are there (again): logs flow, and what happened meanwhile is learnt."""
         for container in self._known.of(sandbox.id):
-            if container.status.prepared and not container.status.finished_at:
+            # One that is being created may have begun its log with a shim that has died since.
+            made = container.status.prepared or container.lock.locked()
+            if made and not container.status.finished_at:
                 try:
                     await self._known.start_log(container, sandbox)
                 except HyperpodError as exc:
@@ -119,6 +135,9 @@ class ContainerLives:
         settled = [c for c in self._known.of(sandbox.id) if not c.lock.locked()]
         agent = await sandbox.session.client()
         known = {info.id: info for info in await agent.list_containers()}
+        if strays := [info for info in known.values() if self._is_stray(sandbox, info)]:
+            ending = bounded(self._end_strays(sandbox, strays), STRAYS, "ending what should not run")
+            self._owner.spawn(f"strays/{sandbox.short}", ending)
         exits: set[asyncio.Task[None]] = set()
         for container in settled:
             info = known.get(container.id)
@@ -138,3 +157,26 @@ class ContainerLives:
                 await self._known.set(container, started_at=min(info.started_at_ns, now_ns()), pid=info.pid)
         if exits:
             await asyncio.wait(exits, timeout=EXITS_AT_ONCE)
+
+    def _is_stray(self, sandbox: LiveSandbox, info: ContainerInfo) -> bool:
+        """Whether the agent has what is unknown here, or runs what has ended here: a record could not be read, or
+        an answer was lost and another given in its place."""
+        container = self._known.index.find(info.id)
+        if container is None or container.sandbox_id != sandbox.id:
+            return True
+        return bool(container.status.finished_at) and info.state is AgentContainerState.RUNNING
+
+    async def _end_strays(self, sandbox: LiveSandbox, strays: list[ContainerInfo]) -> None:
+        """Nobody would ever stop them. Raises HyperpodError: the next connection is another try."""
+        log.warning(
+            "sandbox %s: ending %d containers that should not run, the first is %s",
+            sandbox.short,
+            len(strays),
+            strays[0].id[:12],
+        )
+        agent = await sandbox.session.client()
+        for info in strays:
+            if self._known.index.find(info.id) is None:
+                await agent.remove_container(info.id)
+            else:
+                await agent.signal_container(info.id, 9, all_processes=True)

@@ -58,7 +58,7 @@ class ContainerManager:
             sandbox.calls["StartContainer"] = laps.seconds
             failpoints.passing("container.started")
             try:
-                pid = await (await sandbox.session.client()).start_container(container.id)
+                pid = await sandbox.session.repeatable(lambda agent: agent.start_container(container.id))
             except HyperpodError as failure:
                 argv = process.arguments(container.record.config, container.record.image_config)
                 exc = process.start_failure(argv, failure)

@@ -138,8 +138,10 @@ class SandboxBuilder(ABC):
         await self.connect_shim(sandbox)
 
     async def connect_shim(self, sandbox: LiveSandbox) -> None:
-        """Connect to a running shim and tell it where its agent is. Raises Unavailable when there is none."""
-        shim = ShimClient(str(sandbox.directory / "control.sock"))
+        """Connect to a running shim and tell it where its agent is. Raises Unavailable when there is none.
+
+        The folder is the sandbox's user's, and so QEMU's: what it names must not get another pod's shim told."""
+        shim = ShimClient(str(sandbox.directory / "control.sock"), sandbox.record.uid)
         await shim.connect(timeout=SHIM_TIMEOUT)
         await shim.agent(sandbox.endpoint, sandbox.record.token)
         sandbox.shim = shim

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
-from hyperpod.errors import ResourceExhausted
+from hyperpod.errors import HyperpodError, ResourceExhausted
 from hyperpod.hypervisor.base import Disk, Hypervisor
 from hyperpod.store.records import write_atomic
+from hyperpod.tasks import settle_all
+
+log = logging.getLogger(__name__)
 
 MAX_LUNS = 250
 """Target 0, units 0 to 249; above 255 SCSI changes the LUN's format (SAM-5 4.7)."""
@@ -71,7 +75,7 @@ class Layers:
         return gone
 
     async def release(self, owner: str, *, detach: bool) -> None:
-        """Stop counting `owner`; detach what nobody uses any more (not when the place is gone anyway)."""
+        """Stop counting `owner`; detach what nobody uses any more, unless the place is gone or uses it still."""
         self._drop(owner)
 
 
@@ -86,49 +90,60 @@ class LayerDisks(Layers):
         self._lock = asyncio.Lock()
 
     def load(self) -> None:
-        """After a restart: what the file says is taken as attached; users come back by `adopt`."""
+        """After a restart: the numbers are those of before; users come back by `adopt`. Raises HyperpodError."""
         if self._file.exists():
-            self._units = _State.validate_json(self._file.read_bytes())
+            try:
+                self._units = _State.validate_json(self._file.read_bytes())
+            except ValidationError as exc:
+                raise HyperpodError(f"{self._file} is damaged: what hangs on the VM is not known") from exc
 
     async def attach(self, layers: Sequence[LayerImage], owner: str) -> None:
         async with self._lock:
             fresh: list[Disk] = []
-            for layer in layers:
-                serial = serial_of(layer.name)
-                if serial in self._units:
-                    continue
-                unit = next((u for u in range(MAX_LUNS) if u not in self._units.values()), None)
-                if unit is None:
-                    raise ResourceExhausted(
-                        f"a pod can have {MAX_LUNS} image layers; remove containers first"
-                    )
-                self._units[serial] = unit
-                fresh.append(Disk(serial=serial, path=layer.path, readonly=True, target=0, unit=unit))
-            if fresh:
-                await self._save()
-                results = await asyncio.gather(
-                    *(self._hypervisor.attach_disk(self._domain, disk) for disk in fresh),
-                    return_exceptions=True,
-                )
-                failed = [r for r in results if isinstance(r, BaseException)]
-                if failed:
-                    for disk in fresh:
-                        await self._hypervisor.detach_disk(self._domain, disk.serial)
-                        self._units.pop(disk.serial, None)
+            try:
+                for layer in layers:
+                    serial = serial_of(layer.name)
+                    # What nobody uses may hang on the VM already or not: to attach it again does no harm.
+                    if serial in self._users or any(disk.serial == serial for disk in fresh):
+                        continue
+                    unit = self._units[serial] = self._unit(serial)
+                    fresh.append(Disk(serial=serial, path=layer.path, readonly=True, target=0, unit=unit))
+                if fresh:
                     await self._save()
-                    raise failed[0]
+                    await settle_all(*(self._hypervisor.attach_disk(self._domain, disk) for disk in fresh))
+            except (HyperpodError, OSError):
+                await self._detach([disk.serial for disk in fresh])
+                raise
             self.adopt(tuple(layer.name for layer in layers), owner)
+
+    def _unit(self, serial: str) -> int:
+        """Its number, or a free one. Raises ResourceExhausted."""
+        if (unit := self._units.get(serial)) is not None:
+            return unit
+        taken = set(self._units.values())
+        if (unit := next((u for u in range(MAX_LUNS) if u not in taken), None)) is None:
+            raise ResourceExhausted(f"a pod can have {MAX_LUNS} image layers; remove containers first")
+        return unit
 
     async def release(self, owner: str, *, detach: bool) -> None:
         async with self._lock:
-            gone = self.unused_after(owner)
-            for serial in gone if detach else ():
+            unused = self._drop(owner)
+            if detach:
+                await self._detach(unused)
+
+    async def _detach(self, serials: Sequence[str]) -> None:
+        """What does not come off keeps its number, and is used again from there; it goes with the VM at last."""
+        for serial in serials:
+            try:
                 await self._hypervisor.detach_disk(self._domain, serial)
-            self._drop(owner)
-            for serial in gone:
-                self._units.pop(serial, None)
-            if gone and detach:
+                del self._units[serial]
+            except HyperpodError as exc:
+                log.warning("layer %s stays on %s: %s", serial, self._domain, exc)
+        if serials:
+            try:
                 await self._save()
+            except (HyperpodError, OSError) as exc:  # the file names more than there is, which does no harm
+                log.warning("%s", exc)
 
     async def _save(self) -> None:
         await asyncio.to_thread(write_atomic, self._file, json.dumps(self._units).encode())

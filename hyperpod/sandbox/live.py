@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from hyperpod.agentclient.types import ContainerInfo
 from hyperpod.errors import FailedPrecondition, Unavailable
@@ -15,6 +17,11 @@ from hyperpod.share.virtiofsd import FileServer
 from hyperpod.shimclient.client import ShimClient
 from hyperpod.spec.share import FOLDER
 from hyperpod.vsock.dial import Endpoint, HostEndpoint, HybridEndpoint, KernelEndpoint
+
+SHIMS = 2
+"""Deaths of shims that a call bears."""
+
+T = TypeVar("T")
 
 
 class LiveSandbox:
@@ -96,6 +103,15 @@ class LiveSandbox:
                 return shim
         except TimeoutError as exc:
             raise Unavailable(f"sandbox {self.short}: its shim has died, and no new one came") from exc
+
+    async def of_any_shim(self, call: Callable[[ShimClient], Awaitable[T]]) -> T:
+        """Make a call, of the next shim when one dies during it: for what has its effect once however often it is
+        made. Raises what it raises, Unavailable when no shim comes."""
+        for _ in range(SHIMS):
+            shim = await self.living_shim()
+            with contextlib.suppress(Unavailable):
+                return await call(shim)
+        return await call(await self.living_shim())
 
     def need_shim(self) -> ShimClient:
         """The shim's control connection. Raises FailedPrecondition when it is being replaced."""

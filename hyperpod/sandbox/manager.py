@@ -12,7 +12,13 @@ from typing import Any
 from hyperpod import __version__, failpoints
 from hyperpod.agentclient.types import ContainerInfo
 from hyperpod.config import Config
-from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, NetworkError
+from hyperpod.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    HyperpodError,
+    NetworkError,
+    ResourceExhausted,
+)
 from hyperpod.hypervisor.base import DomainEvent
 from hyperpod.model.base import now_ns
 from hyperpod.model.sandbox import (
@@ -73,6 +79,8 @@ class SandboxManager:
         self.slots = Slots(min(config.sandbox_slots, config.vm.uid_count))
         self.index: IdIndex[LiveSandbox] = IdIndex("sandbox")
         self._names: dict[str, str] = {}
+        self._making: dict[str, tuple[SandboxConfig, str]] = {}
+        """What is being made right now, by name: configuration and handler."""
         self._operations = Operations(owner)
         self._listener: SandboxListener | None = None
         vms.hypervisor.subscribe(self._on_domain_event)
@@ -133,7 +141,22 @@ class SandboxManager:
                 raise AlreadyExists(
                     f"the name {key} is taken by sandbox {known}, which is stopped; remove it first"
                 )
-        return await self._operations.run(f"run/{key}", lambda: self._run(config, handler, kind))
+        if self._making.setdefault(key, (config, handler)) != (config, handler):
+            raise AlreadyExists(
+                f"the name {key} is taken by a sandbox that is being made with another configuration"
+            )
+
+        async def run() -> str:
+            try:
+                return await self._run(config, handler, kind)
+            finally:
+                self._making.pop(key, None)
+
+        try:
+            return await self._operations.run(f"run/{key}", run)
+        finally:
+            if not self._operations.running(f"run/{key}"):  # it could not even begin
+                self._making.pop(key, None)
 
     async def _check_userns(self, config: SandboxConfig, kind: Kind) -> None:
         """Raises InvalidArgument, FailedPrecondition."""
@@ -400,7 +423,13 @@ class SandboxManager:
         self, sandbox: LiveSandbox, phase: SandboxPhase, *, durable: bool = True, **changes: object
     ) -> None:
         status = sandbox.status.to(phase, **changes)
-        await self.store.update(sandbox.id, status, durable=durable)
+        try:
+            await self.store.update(sandbox.id, status, durable=durable)
+        except ResourceExhausted as exc:
+            if phase is SandboxPhase.READY:
+                raise
+            # What ends a pod makes room. Who finds the status of before, after a crash, ends it again.
+            log.error("sandbox %s is %s, which is not on record: %s", sandbox.short, phase.value, exc)
         sandbox.status = status
 
     # -- recovery -----------------------------------------------------------------------------------------
@@ -421,6 +450,10 @@ class SandboxManager:
             sandbox.gone_detail = why_not
             sandbox.gone.set()
             await self.stop(sandbox.id)
+        elif (
+            phase is SandboxPhase.STOPPED
+        ):  # a full disk may have kept the ends of its containers off the record
+            await self.listener.sandbox_stopped(sandbox, "")
 
     async def _reconnect(self, sandbox: LiveSandbox) -> None:
         try:

@@ -32,6 +32,9 @@ STEADY = 10.0
 """Seconds that a connection lasts until the next interruption counts as the first one again."""
 
 
+PATIENCE = 20.0
+"""Seconds that a repeatable call waits for the agent to come back: what it has done meanwhile is not known else."""
+
 REPEATS = 3
 """Lost connections that a repeatable call bears."""
 
@@ -91,7 +94,7 @@ class AgentSession:
                 return await call(client)
             except ConnectionLost as exc:
                 log.info("sandbox %s: %s; once more", self.sandbox_id[:12], exc)
-                client = await self.client(instead_of=client)
+                client = await self.client(PATIENCE, instead_of=client)
         return await call(client)
 
     async def follow(

@@ -20,10 +20,12 @@ _BACKLOG_RETRY = 0.01
 
 
 class ControlCaller:
-    """One connection to a control socket at `path`; `name` is what errors call the other side."""
+    """One connection to a control socket at `path`; `name` is what errors call the other side.
 
-    def __init__(self, path: str, name: str) -> None:
-        self.path, self.name = path, name
+    `uid`: whose the other side must be; None for anybody's, where the path itself is proof enough."""
+
+    def __init__(self, path: str, name: str, uid: int | None = None) -> None:
+        self.path, self.name, self._uid = path, name, uid
         self.closed = asyncio.Event()
         """Set once the connection is lost or closed."""
         self._channel: Channel | None = None
@@ -32,7 +34,7 @@ class ControlCaller:
         self._tasks = TaskOwner(f"caller/{name}", limit=1)
 
     async def connect(self, timeout: float) -> None:
-        """Raises Unavailable when nobody listens, DeadlineExceeded when its backlog stays full."""
+        """Raises Unavailable when nobody listens or somebody else, DeadlineExceeded when its backlog stays full."""
         sock = packets.seqpacket()
         try:
             async with asyncio.timeout(timeout):
@@ -42,6 +44,10 @@ class ControlCaller:
                         break
                     except BlockingIOError:  # the backlog is full
                         await asyncio.sleep(_BACKLOG_RETRY)
+            if self._uid is not None and (owner := packets.peer(sock).uid) != self._uid:
+                raise Unavailable(
+                    f"{self.path} is answered by uid {owner}, not by {self.name}, uid {self._uid}"
+                )
         except TimeoutError as exc:
             sock.close()
             raise DeadlineExceeded(f"{self.name} accepts no connection within {timeout:g} s") from exc
@@ -96,6 +102,7 @@ class ControlCaller:
                 waiter = self._waiting.get(reply.id)
                 if waiter is not None and not waiter.done():
                     waiter.set_result(reply)
+                await asyncio.sleep(0)  # who sends without end must not have the loop to itself
         except (ProtocolError, Unavailable) as exc:
             log.error("%s: %s", self.name, exc)
         finally:

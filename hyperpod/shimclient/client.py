@@ -35,9 +35,9 @@ class LogEnd:
 class ShimClient:
     """Every method raises Unavailable when the shim is gone, DeadlineExceeded when it does not answer."""
 
-    def __init__(self, path: str) -> None:
-        """`path`: the shim's control.sock."""
-        self._caller = ControlCaller(path, "shim")
+    def __init__(self, path: str, uid: int | None = None) -> None:
+        """`path`: the shim's control.sock, in a folder of the user `uid`, who could put a link to another there."""
+        self._caller = ControlCaller(path, "shim", uid)
 
     @property
     def closed(self) -> asyncio.Event:
@@ -79,7 +79,10 @@ class ShimClient:
         """Wait until all output is in the log, at most `timeout` seconds. Raises NotFound."""
         args = {"container": container, "timeout_ms": int(timeout * 1000)}
         fields = await self._caller.call("log_finish", args, timeout=timeout + CALL)
-        return LogEnd(bool(fields["complete"]), int(fields["gap_bytes"]))
+        complete, gap = fields.get("complete"), fields.get("gap_bytes")
+        if not isinstance(complete, bool) or type(gap) is not int:
+            raise ProtocolError("shim: the end of a log is not told as it should be")
+        return LogEnd(complete, gap)
 
     async def log_stop(self, container: str) -> None:
         """Forget the container's log; what is not written yet is lost. Unknown ones are fine."""

@@ -10,9 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from hyperpod.agentclient.types import AgentContainerState, Layer
+from hyperpod.agentclient.types import AgentContainerState, Layer, Security, UserInfo
 from hyperpod.errors import (
-    AlreadyExists,
     FailedPrecondition,
     HyperpodError,
     InvalidArgument,
@@ -185,8 +184,6 @@ async def test_wrong_states_and_ids(agent: AgentKit) -> None:
     with pytest.raises(FailedPrecondition, match="CREATED"):
         await agent.exec(ident, "true")
     await agent.client.start_container(ident)
-    with pytest.raises(FailedPrecondition, match="RUNNING"):
-        await agent.client.start_container(ident)
     with pytest.raises(InvalidArgument, match="signal 65"):
         await agent.client.signal_container(ident, 65)
     unknown = "0" * 64
@@ -206,11 +203,28 @@ async def test_malformed_specs_leave_nothing(agent: AgentKit, spec: bytes) -> No
     await agent.client.forget_layers([layer.serial for layer in agent.place.layers])
 
 
-async def test_a_known_id_is_refused(agent: AgentKit) -> None:
-    ident = await agent.create("true")
-    spec = build_spec(ContainerSpecInput(args=("true",)))
-    with pytest.raises(AlreadyExists):
-        await agent.client.create_container(ident, oci_spec=spec, layers=agent.place.layers)
+async def test_what_is_asked_again_is_done_once(agent: AgentKit) -> None:
+    """Whoever lost an answer asks again."""
+    ident = secrets.token_hex(32)
+    spec = build_spec(ContainerSpecInput(args=("sleep", "1000"), env=(b"PATH=/bin",)))
+
+    async def create() -> UserInfo | None:
+        return await agent.client.create_container(
+            ident, oci_spec=spec, layers=agent.place.layers, security=Security(user="5:6")
+        )
+
+    first, second = await asyncio.gather(create(), create())
+    assert first is not None and first == second == await create()
+    pids = await asyncio.gather(*(agent.client.start_container(ident) for _ in range(3)))
+    assert len(set(pids)) == 1 and pids[0] > 0
+    assert await agent.client.start_container(ident) == pids[0]
+    await agent.client.signal_container(ident, 9)
+    assert (await agent.exit_of(ident)).exit_code == 137
+    await agent.client.start_container(ident)
+    [info] = await agent.client.list_containers()
+    assert info.exited, "one that has ended is not started a second time"
+    await agent.client.remove_container(ident)
+    await agent.client.forget_layers([layer.serial for layer in agent.place.layers])
 
 
 async def test_bad_layers_are_refused(agent: AgentKit) -> None:

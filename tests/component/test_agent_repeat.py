@@ -110,8 +110,9 @@ async def test_an_exec_starts_once(
 
 
 async def test_an_agent_that_does_not_come_back(
-    agent: AgentKit, session: AgentSession, cutter: Cutter
+    agent: AgentKit, session: AgentSession, cutter: Cutter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("hyperpod.sandbox.session.PATIENCE", 1.0)
     (cutter.directory / f"{CONTROL_PORT}.sock").unlink()
     cutter.cut()
     with pytest.raises(Unavailable, match="does not answer"):

@@ -1,4 +1,4 @@
-"""What agents report of containers reaches their status once, whatever else an agent says, and keeps nobody busy."""
+"""What agents report of containers reaches their status once, and keeps nobody busy, whatever an agent says."""
 
 from __future__ import annotations
 

@@ -18,6 +18,8 @@ import pytest
 from hyperpod.errors import HyperpodError, PermissionDenied, Unavailable
 from hyperpod.shim import packets
 from hyperpod.shim.caller import ControlCaller
+from hyperpod.shim.channel import Channel
+from hyperpod.shimclient.client import ShimClient
 from hyperpod.supervisor.store import MAX_STATE
 from tests.shimkit import IDLE, ROOT, WAIT, cmdline, eventually, pod, processes, supervisor, until
 from tests.stdiopeer import of_bytes
@@ -419,3 +421,40 @@ async def test_a_stopped_supervisor_leaves_the_pods_running() -> None:
             assert found.pid in processes()
             with pytest.raises((Unavailable, PermissionDenied)):
                 await one.client.list()
+
+
+async def test_a_link_to_another_shim_is_not_followed(tmp_path: Path) -> None:
+    """The folder is the user's that QEMU runs as; the daemon would tell another pod's shim where its agent is."""
+    with supervisor() as parent:
+        async with pod(parent, uid=UID) as one, pod(parent, uid=UID + 1) as other:
+            await one.spawn()
+            await other.spawn()
+            path = one.directory / "control.sock"
+            client = ShimClient(str(path), UID)
+            await client.connect(WAIT)
+            assert (await client.hello()).sandbox_id == one.id
+            await client.close()
+            path.unlink()
+            path.symlink_to(other.directory / "control.sock")
+            client = ShimClient(str(path), UID)
+            with pytest.raises(Unavailable, match=f"answered by uid {UID + 1}"):
+                await client.connect(WAIT)
+
+
+async def test_a_shim_that_answers_without_end_leaves_others_their_turn() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    for _ in range(100):
+        theirs.send(b'{"id": 1, "ok": true}')
+    channel, caller = Channel(ours), ControlCaller("", "shim")
+    reading = asyncio.ensure_future(caller._read(channel))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    left = 0
+    with contextlib.suppress(BlockingIOError):
+        while ours.recv(100):
+            left += 1
+    assert left > 90, "it read all of them before anybody else had a turn"
+    theirs.close()
+    await reading
+    channel.close()

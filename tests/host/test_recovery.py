@@ -7,10 +7,12 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from hyperpod import failpoints
@@ -231,3 +233,109 @@ async def userns_life(client: Cri) -> None:
 async def test_the_daemon_killed_while_it_makes_a_user_namespace(own_daemon: Daemon) -> None:
     names = ("sandbox.netns", "sandbox.agent-started", "container.mounted")
     await killed_at_every_step(own_daemon, names, "host", userns_life)
+
+
+async def test_a_container_whose_record_cannot_be_read_is_ended(own_daemon: Daemon) -> None:
+    """Nobody lists it, so nobody would ever stop it: and who makes it anew would have it twice."""
+    async with client_of(own_daemon, "host") as client:
+        await client.load_busybox()
+        pod = await client.run_pod()
+        kept = await client.sh(pod, COUNTER)
+        lost = await client.sh(pod, "exec sleep 86399")
+    (own_daemon.state / "containers" / lost / "record.json").write_text('{"from": "the future"}')
+    own_daemon.kill_daemon()
+    async with client_of(own_daemon, "host") as client:
+        async with asyncio.timeout(20):
+            while running("sleep", "86399"):
+                await asyncio.sleep(0.05)
+        listed = await client.runtime.list_containers(cri.ListContainersRequest())
+        assert [one.id for one in listed.containers] == [kept]
+        await goes_on(client, kept)
+        await client.remove_pod(pod)
+    shutil.rmtree(own_daemon.state / "unreadable")
+    assert own_daemon.leftovers() == []
+
+
+def running(*argv: str) -> list[int]:
+    """Processes of the host with this command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cmdline").read_bytes() == b"\0".join(word.encode() for word in argv) + b"\0":
+                found.append(int(entry.name))
+    return found
+
+
+async def test_an_exit_is_told_with_the_whole_log_also_when_the_shim_dies(own_daemon: Daemon) -> None:
+    async with client_of(own_daemon, "host") as client:
+        await client.load_busybox()
+        pod = await client.run_pod()
+        container = await client.sh(
+            pod, "trap 'seq 9000; exit 3' TERM; echo up; while :; do sleep 0.05; done"
+        )
+        while not await client.log(container):
+            await asyncio.sleep(0.02)
+        shim = process_of(own_daemon, "shim", pod)
+        os.kill(shim, signal.SIGSTOP)
+        stopping = asyncio.ensure_future(client.stop(container, timeout=30))
+        await asyncio.sleep(1.0)  # the exit is reported, and waits for the log
+        os.kill(shim, signal.SIGKILL)
+        await stopping
+        status = await client.status(container)
+        log = await client.log(container)
+        assert (status.exit_code, status.reason) == (3, "Error")
+        assert [text for _, _, text in log] == ["up", *map(str, range(1, 9001))]
+        await client.remove_pod(pod)
+    assert own_daemon.leftovers() == []
+
+
+async def test_on_a_full_disk_pods_end_and_make_room(own_daemon: Daemon) -> None:
+    """The tenant that fills it must not be the one that cannot be stopped and removed for want of room."""
+    one = own_daemon
+    one.stop()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m,mode=711", "none", one.state], check=True)
+    try:
+        one.start()
+        async with client_of(one, "host") as client:
+            await client.load_busybox()
+            pod, other = await client.run_pod(), await client.run_pod()
+            kept = await client.sh(other, "sleep 600")
+            container = await client.sh(pod, "sleep 600")
+            short = await client.create(pod, "/bin/sh", "-c", "exit 5")
+            fill(one.state / "fill")
+            with pytest.raises(GRPCError) as info:
+                await client.create(pod, "true")
+            assert info.value.status is Status.RESOURCE_EXHAUSTED
+            await client.stop(container)
+            assert (await client.status(container)).exit_code == 137
+            fill(one.state / "fill")
+            await client.runtime.remove_container(cri.RemoveContainerRequest(container_id=container))
+            fill(one.state / "fill")
+            await client.runtime.stop_pod_sandbox(cri.StopPodSandboxRequest(pod_sandbox_id=pod))
+            assert (await client.status(short)).state == cri.ContainerState.CONTAINER_EXITED
+            fill(one.state / "fill")
+            await client.runtime.stop_pod_sandbox(cri.StopPodSandboxRequest(pod_sandbox_id=other))
+        # What could not be written is found out by the next daemon.
+        one.kill_daemon()
+        async with client_of(one, "host") as client:
+            pods = (await client.runtime.list_pod_sandbox(cri.ListPodSandboxRequest())).items
+            assert {p.id: p.state for p in pods} == dict.fromkeys(
+                (pod, other), cri.PodSandboxState.SANDBOX_NOTREADY
+            )
+            for ended in (short, kept):
+                assert (await client.status(ended)).state == cri.ContainerState.CONTAINER_EXITED
+            for ident in (pod, other):
+                await client.remove_pod(ident)
+        assert [line for line in one.leftovers() if f"{one.state} tmpfs" not in line] == []
+    finally:
+        one.destroy()
+        subprocess.run(["umount", "-l", one.state], check=True)
+
+
+def fill(path: Path) -> None:
+    """What is left of the file system, to the last byte."""
+    with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
+        for size in (1 << 20, 4096, 1):
+            with contextlib.suppress(OSError):
+                while file.write(b"x" * size):
+                    pass

@@ -138,3 +138,27 @@ async def test_pods_survive_the_supervisor(own_daemon: Daemon, shim_too: bool) -
         assert len(got) > before + 5
         await client.remove_pod(pod)
     assert own_daemon.leftovers() == []
+
+
+async def test_a_shim_that_dies_during_create_and_start(own_daemon: Daemon) -> None:
+    """Their answers are lost with it, and their effect is not: what is told of a container is what it is."""
+    async with own_daemon.client() as client:
+        await client.load_busybox()
+        pod = await client.run_pod()
+
+        async def both(pause: float) -> str:
+            await asyncio.sleep(pause)
+            return await client.sh(pod, "echo up; sleep 600")
+
+        starting = asyncio.gather(*(both(0.15 * n) for n in range(5)))
+        for pause in (0.4, 1.5):
+            await asyncio.sleep(pause)
+            [shim] = [p for p in own_daemon.processes() if "shim" in p and pod[:12] in p]
+            os.kill(int(shim.split()[0]), signal.SIGKILL)
+        made = await starting
+        for container in made:
+            assert (await client.status(container)).state == cri.ContainerState.CONTAINER_RUNNING
+            assert (await client.exec(container, "echo", "hi")).stdout == b"hi\n"
+            assert [text for _, _, text in await client.log(container)] == ["up"]
+        await client.remove_pod(pod)
+    assert own_daemon.leftovers() == []

@@ -781,7 +781,8 @@ class AgentStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "CreateContainerResponse":
         """
-        Mounts the rootfs and writes the bundle; nothing runs yet. ALREADY_EXISTS for a known id.
+        Mounts the rootfs and writes the bundle; nothing runs yet. For a known id this is a repetition after a lost
+        answer: it gives the same again.
         """
 
         return await self._unary_unary(
@@ -802,7 +803,7 @@ class AgentStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "StartContainerResponse":
         """
-        crun create + start. A failure leaves the container as if it had never been started:
+        crun create + start; of a started one, its pid again. A failure leaves the container as if it had never been started:
         NOT_FOUND for a missing entry point, FAILED_PRECONDITION for all other reasons.
         """
 
@@ -1125,14 +1126,15 @@ class AgentBase(betterproto2_grpclib.ServiceBase):
 
     async def create_container(self, message: "CreateContainerRequest") -> "CreateContainerResponse":
         """
-        Mounts the rootfs and writes the bundle; nothing runs yet. ALREADY_EXISTS for a known id.
+        Mounts the rootfs and writes the bundle; nothing runs yet. For a known id this is a repetition after a lost
+        answer: it gives the same again.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
     async def start_container(self, message: "StartContainerRequest") -> "StartContainerResponse":
         """
-        crun create + start. A failure leaves the container as if it had never been started:
+        crun create + start; of a started one, its pid again. A failure leaves the container as if it had never been started:
         NOT_FOUND for a missing entry point, FAILED_PRECONDITION for all other reasons.
         """
 
