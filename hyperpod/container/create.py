@@ -108,7 +108,6 @@ class Creator:
                 submounts = await self._known.sandboxes.builder(sandbox).mount(sandbox, binds)
                 failpoints.passing("container.mounted")
             laps("record, layers, mounts")
-            await sandbox.session.client()
             # Its streams are there as soon as the agent has heard of it, long before its root is mounted.
             logging_to = self._owner.spawn(
                 f"log/{container.short}", self._known.start_log(container, sandbox)

@@ -128,14 +128,17 @@ class KnownContainers:
             if fd is not None:
                 os.close(fd)
 
-    async def release(self, container: LiveContainer, sandbox: LiveSandbox | None) -> None:
+    async def release(
+        self, container: LiveContainer, sandbox: LiveSandbox | None, *, agent_answers: bool = True
+    ) -> None:
         """Give mounts and layers back: umount in the guest, detach from the VM, drop the lease."""
         if sandbox is not None:
             if container.record.config.mounts:
                 await self.sandboxes.builder(sandbox).unmount(sandbox, container.id)
                 failpoints.passing("container.unmounted")
-            unused, forgotten = sandbox.disks.unused_after(container.id), sandbox.ready
-            if sandbox.ready and unused:
+            unused = sandbox.disks.unused_after(container.id)
+            forgotten = agent_answers and sandbox.ready
+            if forgotten and unused:
                 try:
                     await sandbox.session.repeatable(lambda agent: agent.forget_layers(unused))
                 except HyperpodError as exc:
@@ -149,13 +152,15 @@ class KnownContainers:
         """Undo a create that failed, whatever else fails: nobody sees it, and its name is wanted for the next try.
 
         What the guest has is told to go, if it listens; else that is found at the next connection."""
+        answers = False
         if sandbox.ready:
             with contextlib.suppress(HyperpodError):
                 await sandbox.session.repeatable(lambda agent: agent.remove_container(container.id))
+                answers = True
         with contextlib.suppress(HyperpodError):
             await sandbox.need_shim().log_stop(container.id)
         try:
-            await self.release(container, sandbox)
+            await self.release(container, sandbox, agent_answers=answers)
         except (HyperpodError, OSError) as exc:
             log.error("container %s: not all that it had is given back: %s", container.short, exc)
         await self.forget(container)

@@ -89,8 +89,8 @@ class ContainerManager:
             sandbox.need_ready()
             merged = limits.merge(container.resources, resources)
             merged = limits.fit("linux", merged, placement.room(sandbox.record))
-            agent = await sandbox.session.client()
-            await agent.update_container(container.id, json.dumps(limits.oci(merged)).encode())
+            wanted = json.dumps(limits.oci(merged)).encode()
+            await sandbox.session.repeatable(lambda agent: agent.update_container(container.id, wanted))
             failpoints.passing("container.updated")
             await self.known.set(container, resources=merged)
 
@@ -120,8 +120,7 @@ class ContainerManager:
             failpoints.passing("container.removing")
             sandbox = self.known.sandboxes.index.find(container.sandbox_id)
             if sandbox is not None and sandbox.ready:
-                agent = await sandbox.session.client()
-                await agent.remove_container(container.id)
+                await sandbox.session.repeatable(lambda agent: agent.remove_container(container.id))
                 with contextlib.suppress(HyperpodError):
                     await sandbox.need_shim().log_stop(container.id)
             await self.known.release(container, sandbox)

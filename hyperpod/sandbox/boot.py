@@ -200,7 +200,7 @@ class VmBuilder(SandboxBuilder):
             return ""
 
     async def tear_down(self, sandbox: LiveSandbox) -> None:
-        await sandbox.session.close()
+        await sandbox.session.end()
         try:
             async with asyncio.timeout(DESTROY_TIMEOUT):
                 await self.hypervisor.destroy(sandbox.record.domain)

@@ -33,7 +33,8 @@ STEADY = 10.0
 
 
 PATIENCE = 20.0
-"""Seconds that a repeatable call waits for the agent to come back: what it has done meanwhile is not known else."""
+"""Seconds that a repeatable call waits for the agent: of one that is on its way back, what it has done is not known
+before, and in an emulated guest of a busy host that takes longer than `client` has."""
 
 REPEATS = 3
 """Lost connections that a repeatable call bears."""
@@ -49,6 +50,7 @@ class AgentSession:
         self._client: AgentClient | None = None
         self._ready = asyncio.Event()
         self._broken = asyncio.Event()
+        self._ended = False
         self._seq = 0
 
     async def connect(self, deadline: float, *, claim: bool) -> AgentClient:
@@ -77,18 +79,20 @@ class AgentSession:
         try:
             async with asyncio.timeout(timeout):
                 await self._ready.wait()
-                while self._client is instead_of:
+                while self._client is instead_of and not self._ended:
                     await self._broken.wait()
                     await self._ready.wait()
         except TimeoutError as exc:
             raise Unavailable(f"sandbox {self.sandbox_id[:12]}: its agent does not answer") from exc
+        if self._ended:
+            raise Unavailable(f"sandbox {self.sandbox_id[:12]} has ended, and its agent with it")
         assert self._client is not None
         return self._client
 
     async def repeatable(self, call: Callable[[AgentClient], Awaitable[T]]) -> T:
         """Make a call, and make it anew when the connection is lost during it: for one that has its effect once
         however often it is made. Raises what it raises, Unavailable when the agent does not come back."""
-        client = await self.client()
+        client = await self.client(PATIENCE)
         for _ in range(REPEATS):
             try:
                 return await call(client)
@@ -140,6 +144,12 @@ class AgentSession:
     def _gone(self) -> None:
         self._ready.clear()
         self._broken.set()
+
+    async def end(self) -> None:
+        """The agent is not to come back: who waits for it is told at once, as is who asks later."""
+        await self.close()
+        self._ended = True
+        self._ready.set()
 
     async def close(self) -> None:
         self._gone()

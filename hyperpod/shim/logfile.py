@@ -129,7 +129,8 @@ class LogFile:
         # The disk is full, within a record. Cut back to the last whole one, count those, keep the rest.
         whole = b"".join(self._pending)
         keep = whole.rfind(b"\n", 0, written) + 1
-        os.ftruncate(self._fd, self.cursor.log_length + keep)
+        # Not by our own count: whoever has cut the log meanwhile would get it back, filled with zeros.
+        os.ftruncate(self._fd, os.fstat(self._fd).st_size - written + keep)
         scanner = RecordScanner()
         scanner.feed(whole[:keep])
         self._pending = [whole[keep:]]

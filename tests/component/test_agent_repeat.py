@@ -119,6 +119,22 @@ async def test_an_agent_that_does_not_come_back(
         await session.repeatable(lambda client: client.list_containers())
 
 
+async def test_who_waits_for_an_agent_that_has_ended_is_told(
+    agent: AgentKit, session: AgentSession, cutter: Cutter
+) -> None:
+    (cutter.directory / f"{CONTROL_PORT}.sock").unlink()
+    cutter.cut()
+    waiting = asyncio.ensure_future(session.repeatable(lambda client: client.list_containers()))
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    await session.end()
+    async with asyncio.timeout(5):
+        with pytest.raises(Unavailable, match="has ended"):
+            await waiting
+        with pytest.raises(Unavailable, match="has ended"):
+            await session.client()
+
+
 @pytest.mark.parametrize("closer", ["ours", "theirs"])
 async def test_a_lost_connection_is_told_apart(agent: AgentKit, cutter: Cutter, closer: str) -> None:
     """Also a loss that was noticed before the call began."""

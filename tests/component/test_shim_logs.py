@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from hyperpod.errors import FailedPrecondition, NotFound, Unavailable
+from hyperpod.shim.logfile import LogFile
 from hyperpod.wire import stdio
+from hyperpod.wire.crilog import LineFormatter
 from tests.shimkit import WAIT, Pod, SupervisorProcess, eventually, opened, payload, pod, supervisor
 from tests.stdiopeer import Source, of_bytes
 
@@ -355,3 +357,19 @@ async def test_a_dead_shim_is_noticed(one: Pod) -> None:
     await one.shim.closed.wait()
     with pytest.raises(Unavailable):
         await one.shim.hello()
+
+
+def test_a_log_that_somebody_has_cut_is_not_made_longer_by_a_full_disk(tmp_path: Path) -> None:
+    """What does not fit is cut off where this batch began, which is not where the log once was."""
+    lines, formatter = b"x" * 99 + b"\n", LineFormatter("stdout")
+    with small_disk("64K") as disk, opened(disk / "log") as fd:
+        log = LogFile(str(tmp_path / "cursor"), os.dup(fd), None)
+        log.write("stdout", 20_000, formatter.feed([lines * 200], 1))
+        os.truncate(disk / "log", 0)
+        with pytest.raises(OSError, match="No space"):
+            log.write("stdout", 1_020_000, formatter.feed([lines * 10_000], 1))
+            log.flush()
+        held = (disk / "log").read_bytes()
+        assert b"\0" not in held and held.endswith(b"\n")
+        assert len(set(held.splitlines())) == 1
+        log.close()

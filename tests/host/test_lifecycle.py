@@ -10,6 +10,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,18 @@ async def test_a_retry_joins(cri_client: Cri) -> None:
     with pytest.raises(GRPCError) as info:
         await cri_client.run_pod(config)
     assert info.value.status is Status.ALREADY_EXISTS
+
+
+async def test_two_pods_of_one_name_at_once(cri_client: Cri) -> None:
+    """The second is told so, not given the first one's."""
+    config = cri_client.pod_config()
+    other = replace(config, labels={"app": "other"})
+    made, refused = await asyncio.gather(
+        cri_client.run_pod(config), cri_client.run_pod(other), return_exceptions=True
+    )
+    assert isinstance(made, str)
+    assert isinstance(refused, GRPCError) and refused.status is Status.ALREADY_EXISTS
+    assert made == await cri_client.run_pod(config)
 
 
 async def test_retries_of_a_create_join_it(cri_client: Cri, pod: str) -> None:
