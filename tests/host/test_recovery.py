@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -119,7 +120,7 @@ async def test_the_death_of_an_agent_ends_its_pod(own_daemon: Daemon, daemon_awa
     async with client_of(own_daemon, "host") as client:
         await client.load_busybox()
         pod = await client.run_pod()
-        container = await client.sh(pod, f"sleep 4444 & {COUNTER}")
+        container = await client.sh(pod, f"sleep {(nap := unique_nap())} & {COUNTER}")
         status = await client.status(container)
         assert status.log_path
         agent = process_of(own_daemon, "hyperpod-agent", pod)
@@ -133,7 +134,7 @@ async def test_the_death_of_an_agent_ends_its_pod(own_daemon: Daemon, daemon_awa
         status = await client.wait(container)
         assert (status.exit_code, status.reason) == (255, "Unknown")
         assert "agent" in status.message
-        assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"sleep\x004444" in read(p)]
+        assert not running("sleep", nap)
         assert own_daemon.loops() == []
         await client.remove_pod(pod)
     assert own_daemon.leftovers() == []
@@ -158,12 +159,6 @@ async def test_an_exit_that_takes_its_time_stops_no_pod(own_daemon: Daemon) -> N
         assert (status.exit_code, status.reason) == (3, "Error")
         await client.remove_pod(pod)
     assert own_daemon.leftovers() == []
-
-
-def read(path: Path) -> bytes:
-    with contextlib.suppress(OSError):
-        return path.read_bytes()
-    return b""
 
 
 async def test_crun_killed_leaves_a_failed_start(own_daemon: Daemon, tmp_path: Path) -> None:
@@ -241,12 +236,13 @@ async def test_a_container_whose_record_cannot_be_read_is_ended(own_daemon: Daem
         await client.load_busybox()
         pod = await client.run_pod()
         kept = await client.sh(pod, COUNTER)
-        lost = await client.sh(pod, "exec sleep 86399")
+        lost = await client.sh(pod, f"exec sleep {(nap := unique_nap())}")
+        assert running("sleep", nap)
     (own_daemon.state / "containers" / lost / "record.json").write_text('{"from": "the future"}')
     own_daemon.kill_daemon()
     async with client_of(own_daemon, "host") as client:
         async with asyncio.timeout(20):
-            while running("sleep", "86399"):
+            while running("sleep", nap):
                 await asyncio.sleep(0.05)
         listed = await client.runtime.list_containers(cri.ListContainersRequest())
         assert [one.id for one in listed.containers] == [kept]
@@ -254,6 +250,11 @@ async def test_a_container_whose_record_cannot_be_read_is_ended(own_daemon: Daem
         await client.remove_pod(pod)
     shutil.rmtree(own_daemon.state / "unreadable")
     assert own_daemon.leftovers() == []
+
+
+def unique_nap() -> str:
+    """Seconds that no other process of this host sleeps."""
+    return str(10_000_000 + secrets.randbelow(10_000_000))
 
 
 def running(*argv: str) -> list[int]:
