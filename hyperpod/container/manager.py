@@ -16,7 +16,7 @@ from hyperpod.container.lives import ContainerLives
 from hyperpod.container.logfile import open_log
 from hyperpod.container.seccomp import SeccompProfiles
 from hyperpod.container.stop import Stopper
-from hyperpod.errors import FailedPrecondition, HyperpodError
+from hyperpod.errors import FailedPrecondition, HyperpodError, Unavailable
 from hyperpod.model.base import now_ns
 from hyperpod.model.container import START_ERROR_CODE, ContainerConfig, ContainerState, Reason
 from hyperpod.model.security import LinuxResources
@@ -120,7 +120,11 @@ class ContainerManager:
             failpoints.passing("container.removing")
             sandbox = self.known.sandboxes.index.find(container.sandbox_id)
             if sandbox is not None and sandbox.ready:
-                await sandbox.session.repeatable(lambda agent: agent.remove_container(container.id))
+                try:
+                    await sandbox.session.repeatable(lambda agent: agent.remove_container(container.id))
+                except Unavailable:
+                    if sandbox.ready:  # else its place is being ended, and it with that
+                        raise
                 with contextlib.suppress(HyperpodError):
                     await sandbox.need_shim().log_stop(container.id)
             await self.known.release(container, sandbox)

@@ -129,12 +129,12 @@ class LogService:
             file = await loop.run_in_executor(self._executor, lambda: LogFile(path, fd, inherited))
             streams = ("stdout",) if tty else ("stdout", "stderr")
             entry = ContainerLog(container, file, self._executor, Fanout(streams))
-            self._logs[container] = entry
-            await self._keep(entry)
             for stream in streams:
                 pump = StreamPump(container, stream, self._dialer, entry, entry.fanout)
                 entry.pumps[stream] = pump
                 entry.tasks.append(self._owner.spawn(f"{container[:12]}/{stream}", pump.run()))
+            self._logs[container] = entry
+            await self._keep(entry)
 
     def fanout(self, container: str) -> Fanout:
         """Who listens to the container's output. Raises NotFound."""

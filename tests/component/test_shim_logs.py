@@ -11,12 +11,16 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from hyperpod.errors import FailedPrecondition, NotFound, Unavailable
+from hyperpod.shim.dialer import AgentDialer
+from hyperpod.shim.fdstore import FdStore
 from hyperpod.shim.logfile import LogFile
+from hyperpod.shim.logs import LogService
 from hyperpod.wire import stdio
 from hyperpod.wire.crilog import LineFormatter
 from tests.shimkit import WAIT, Pod, SupervisorProcess, eventually, opened, payload, pod, supervisor
@@ -373,3 +377,30 @@ def test_a_log_that_somebody_has_cut_is_not_made_longer_by_a_full_disk(tmp_path:
         assert b"\0" not in held and held.endswith(b"\n")
         assert len(set(held.splitlines())) == 1
         log.close()
+
+
+class SlowStore(FdStore):
+    """A supervisor that takes its time."""
+
+    def __init__(self) -> None:
+        super().__init__("", "", "")
+        self.asked, self.taken = asyncio.Event(), asyncio.Event()
+
+    async def flush(self, timeout: float) -> None:
+        self.asked.set()
+        await self.taken.wait()
+
+
+@pytest.mark.parametrize("first", ["finish", "close"])
+async def test_a_log_that_has_just_begun_can_end(tmp_path: Path, first: str) -> None:
+    container, store = secrets.token_hex(32), SlowStore()
+    with ThreadPoolExecutor(1) as executor:
+        logs = LogService(tmp_path / "cursors", AgentDialer("a" * 64), store, executor, {})
+        with opened(tmp_path / "log") as fd:
+            beginning = asyncio.ensure_future(logs.start(container, tty=False, fd=os.dup(fd)))
+            await store.asked.wait()
+            if first == "finish":
+                assert await logs.finish(container, timeout=0.1) == (False, 0)
+            await logs.close()
+            store.taken.set()
+            await beginning
