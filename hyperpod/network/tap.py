@@ -8,6 +8,7 @@ unprivileged user); then it is moved. It lives as long as QEMU holds it.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 
 from hyperpod.errors import NetworkError
@@ -28,16 +29,17 @@ async def connect(namespaces: Namespaces, path: str, interfaces: Sequence[GuestI
         target = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             with Netlink() as netlink:
-                for tap, index, _ in _taps(netlink, interfaces):
-                    netlink.do(f"moving {tap}", rt.set_link, index, namespace=target)
+                for tap in (interface.tap for interface in interfaces):
+                    netlink.do(f"moving {tap}", rt.set_link, _index(tap), namespace=target)
         finally:
             os.close(target)
 
     def raise_up() -> None:
         with Netlink() as netlink:
-            for tap, index, mtu in _taps(netlink, interfaces):
+            for interface in interfaces:
+                tap = interface.tap
                 links.quiet(tap)
-                netlink.do(f"{tap} up", rt.set_link, index, up=True, mtu=mtu)
+                netlink.do(f"{tap} up", rt.set_link, _index(tap), up=True, mtu=interface.mtu)
 
     try:
         await in_thread(f"taps-{interfaces[0].tap}", move)
@@ -47,13 +49,13 @@ async def connect(namespaces: Namespaces, path: str, interfaces: Sequence[GuestI
     await _redirect(path, interfaces)
 
 
-def _taps(netlink: Netlink, interfaces: Sequence[GuestInterface]) -> list[tuple[str, int, int]]:
-    """Name, index and MTU of each in the thread's namespace. Raises NetworkError for one that went with QEMU."""
-    found = {link.name: link.index for link in netlink.links()}
-    for interface in interfaces:
-        if interface.tap not in found:
-            raise NetworkError(f"tap {interface.tap} is not there: has the VM ended?")
-    return [(interface.tap, found[interface.tap], interface.mtu) for interface in interfaces]
+def _index(tap: str) -> int:
+    """In the thread's namespace. Asked for by name: a list of a node's links takes Python 60 ms with 500 pods, and
+    the kernel may leave some out while others come and go. Raises NetworkError for one that went with QEMU."""
+    try:
+        return socket.if_nametoindex(tap)
+    except OSError as exc:
+        raise NetworkError(f"tap {tap} is not there: has the VM ended?") from exc
 
 
 def batch(interfaces: Sequence[GuestInterface]) -> str:
