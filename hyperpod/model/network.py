@@ -43,13 +43,13 @@ class CniResult(Record):
     dns: CniDns = CniDns()
 
     def addresses(self, ifname: str) -> tuple[str, ...]:
-        """Of `ifname` in the pod, without prefix; an address of no named interface counts as its."""
-        own = []
-        for ip in self.ips:
-            interface = None if ip.interface is None else self.interfaces[ip.interface]
-            if interface is None or (interface.sandbox and interface.name == ifname):
-                own.append(ip.address.partition("/")[0])
-        return tuple(own)
+        """Of `ifname` in the pod, without prefix; an address of no named interface counts as its, and one of that
+        name when the plugin says of none that it is in the pod."""
+        named = [i for i, interface in enumerate(self.interfaces) if interface.name == ifname]
+        own = [i for i in named if self.interfaces[i].sandbox] or named
+        return tuple(
+            ip.address.partition("/")[0] for ip in self.ips if ip.interface is None or ip.interface in own
+        )
 
 
 class Attachment(Record):

@@ -146,6 +146,15 @@ def test_an_address_of_no_interface_is_the_pod_s_and_a_bridge_s_is_not() -> None
     assert parse_result("x", document).addresses("eth0") == ("10.0.0.1",)
 
 
+def test_a_plugin_that_does_not_say_where_its_interface_is() -> None:
+    """containerd takes the name, too."""
+    document = {
+        "interfaces": [{"name": "veth1"}, {"name": "eth0"}],
+        "ips": [{"address": "10.0.0.1/24", "interface": 1}, {"address": "10.0.0.254/24", "interface": 0}],
+    }
+    assert parse_result("x", document).addresses("eth0") == ("10.0.0.1",)
+
+
 def test_an_empty_result_and_nulls() -> None:
     assert parse_result("x", {}) == CniResult()
     assert parse_result("x", {"ips": None, "interfaces": None, "routes": None, "dns": None}) == CniResult()
