@@ -211,4 +211,6 @@ def test_a_cut_message_is_an_error_and_leaks_no_descriptor() -> None:
             packets.send(a, data, [null.fileno()] * count)
             with pytest.raises(ProtocolError):
                 packets.receive(b)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert (
+            len(os.listdir("/proc/self/fd")) <= before
+        )  # less when what other tests left is collected meanwhile

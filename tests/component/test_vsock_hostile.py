@@ -56,7 +56,9 @@ async def setup(tmp_path: Path) -> AsyncIterator[Setup]:
     await made.device.close()
     made.guest.close()
     assert errors == []
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert (
+        len(os.listdir("/proc/self/fd")) <= before
+    )  # less when what other tests left is collected meanwhile
 
 
 def jump(guest: Guest) -> None:
