@@ -72,8 +72,11 @@ async def test_open_files_are_counted_without_listing_all(monkeypatch: pytest.Mo
     read, write = os.pipe()
     held = [*socket.socketpair(), *socket.socketpair()]
     fds = [sock.fileno() for sock in held] + [os.dup(read) for _ in range(100)]
-    with subprocess.Popen(["sleep", "600"], stdin=read, pass_fds=fds) as process:
+    waiting = ["sh", "-c", "echo up; read x"]
+    with subprocess.Popen(waiting, stdin=read, stdout=subprocess.PIPE, pass_fds=fds) as process:
         try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"up\n"  # it has loaded its libraries
             listed = len(os.listdir(f"/proc/{process.pid}/fd"))
             assert listed == 3 + len(fds)
             assert stats_of.open_files([process.pid, process.pid]) == (2 * listed, 2 * len(held))

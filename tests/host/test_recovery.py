@@ -237,7 +237,9 @@ async def test_a_container_whose_record_cannot_be_read_is_ended(own_daemon: Daem
         pod = await client.run_pod()
         kept = await client.sh(pod, COUNTER)
         lost = await client.sh(pod, f"exec sleep {(nap := unique_nap())}")
-        assert running("sleep", nap)
+        async with asyncio.timeout(20):
+            while not running("sleep", nap):  # a moment after its start it is that
+                await asyncio.sleep(0.05)
     (own_daemon.state / "containers" / lost / "record.json").write_text('{"from": "the future"}')
     own_daemon.kill_daemon()
     async with client_of(own_daemon, "host") as client:

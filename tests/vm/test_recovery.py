@@ -153,12 +153,18 @@ async def test_a_shim_that_dies_during_create_and_start(own_daemon: Daemon) -> N
         starting = asyncio.gather(*(both(0.15 * n) for n in range(5)))
         for pause in (0.4, 1.5):
             await asyncio.sleep(pause)
-            [shim] = [p for p in own_daemon.processes() if "shim" in p and pod[:12] in p]
+            async with asyncio.timeout(30):
+                while not (shims := [p for p in own_daemon.processes() if "shim" in p and pod[:12] in p]):
+                    await asyncio.sleep(0.05)
+            [shim] = shims
             os.kill(int(shim.split()[0]), signal.SIGKILL)
         made = await starting
         for container in made:
             assert (await client.status(container)).state == cri.ContainerState.CONTAINER_RUNNING
             assert (await client.exec(container, "echo", "hi")).stdout == b"hi\n"
-            assert [text for _, _, text in await client.log(container)] == ["up"]
+            async with asyncio.timeout(30):
+                while not (log := await client.log(container)):
+                    await asyncio.sleep(0.1)
+            assert [text for _, _, text in log] == ["up"]
         await client.remove_pod(pod)
     assert own_daemon.leftovers() == []
