@@ -106,7 +106,7 @@ class Tools:
 
 def _write_json(path: str, document: dict[str, Any]) -> None:
     with open(path, "w") as file:
-        json.dump(document, file)
+        file.write(json.dumps(document))
 
 
 class Exec:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 from dataclasses import replace
 
 from hyperpod import failpoints
 from hyperpod.container import layers, placement, process, signals
-from hyperpod.container.known import KnownContainers
+from hyperpod.container.known import KnownContainers, open_log_of
 from hyperpod.container.live import LiveContainer
 from hyperpod.container.logfile import log_path
 from hyperpod.container.seccomp import SeccompProfiles
@@ -93,7 +94,7 @@ class Creator:
         ident, record, config = container.id, container.record, container.record.config
         security = process.security(config, record.image_config)
         binds = mounts.host_binds(config.mounts, ident)
-        logging_to: asyncio.Task[None] | None = None
+        log: int | None = None
         try:
             leased = layers.lease(record, self._known.images, on_host=sandbox.record.kind is Kind.HOST)
             await self._known.store.create(ident, record, container.status)
@@ -108,10 +109,7 @@ class Creator:
                 submounts = await self._known.sandboxes.builder(sandbox).mount(sandbox, binds)
                 failpoints.passing("container.mounted")
             laps("record, layers, mounts")
-            # Its streams are there as soon as the agent has heard of it, long before its root is mounted.
-            logging_to = self._owner.spawn(
-                f"log/{container.short}", self._known.start_log(container, sandbox)
-            )
+            log = open_log_of(container)
             user = await sandbox.session.repeatable(
                 lambda agent: agent.create_container(
                     ident,
@@ -127,6 +125,12 @@ class Creator:
                 )
             )
             laps("agent")
+            # Not waited for: a container's first output comes after its start, and the shim's work would be in the
+            # way of the agent's. Who finds it prepared and without a log, after a crash, starts that again.
+            container.logging = self._owner.spawn(
+                f"log/{container.short}", self._known.log_to(container, sandbox, log)
+            )
+            log = None
             scores = [
                 c.record.config.resources.oom_score_adj
                 for c in self._known.of(sandbox.id)
@@ -134,15 +138,15 @@ class Creator:
             ]
             await self._known.sandboxes.builder(sandbox).weigh(sandbox, min(scores, default=0))
             known = user and User(uid=user.uid, gid=user.gid, groups=user.groups)
-            # Who finds it prepared and without a log, after a crash in between, starts that again.
-            await settle_all(settled, logging_to, self._known.set(container, prepared=True, user=known))
-            laps("record and log")
+            await settle_all(settled, self._known.set(container, prepared=True, user=known))
+            laps("record")
             failpoints.passing("container.prepared")
         except (HyperpodError, OSError):
-            if logging_to is not None:  # or it would come after the end
-                await asyncio.wait([logging_to])
             await self._known.discard(container, sandbox)
             raise
+        finally:
+            if log is not None:
+                os.close(log)
 
     def _check_security(self, sandbox: LiveSandbox, config: ContainerConfig) -> None:
         """What only pod and container together can tell. Raises InvalidArgument, NotFound, FailedPrecondition."""

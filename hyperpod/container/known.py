@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -120,13 +121,31 @@ class KnownContainers:
 
     async def start_log(self, container: LiveContainer, sandbox: LiveSandbox) -> None:
         """Its output goes into its log from here on, or from where a shim before left off."""
-        fd = open_log(container.record.log_path) if container.record.log_path else None
+        await self.log_to(container, sandbox, open_log_of(container))
+
+    async def log_to(self, container: LiveContainer, sandbox: LiveSandbox, fd: int | None) -> None:
+        """As `start_log`; closes `fd`, the open log."""
         tty = container.record.config.tty
         try:
             await sandbox.of_any_shim(lambda shim: shim.log_start(container.id, tty=tty, fd=fd))
         finally:
             if fd is not None:
                 os.close(fd)
+
+    async def need_log(self, container: LiveContainer, sandbox: LiveSandbox) -> None:
+        """What CreateContainer began is through, or is begun anew; raises what hinders it."""
+        if (begun := container.logging) is None:
+            return
+        await asyncio.wait([begun])
+        if begun.cancelled() or begun.exception() is not None:
+            await self.start_log(container, sandbox)
+        container.logging = None
+
+    async def end_log_begin(self, container: LiveContainer) -> None:
+        """Before its log is stopped: what waits for a shim would begin it afterwards."""
+        if (begun := container.logging) is not None:
+            begun.cancel()
+            await asyncio.wait([begun])
 
     async def release(
         self, container: LiveContainer, sandbox: LiveSandbox | None, *, agent_answers: bool = True
@@ -157,6 +176,7 @@ class KnownContainers:
             with contextlib.suppress(HyperpodError):
                 await sandbox.session.repeatable(lambda agent: agent.remove_container(container.id))
                 answers = True
+        await self.end_log_begin(container)
         with contextlib.suppress(HyperpodError):
             await sandbox.need_shim().log_stop(container.id)
         try:
@@ -164,3 +184,8 @@ class KnownContainers:
         except (HyperpodError, OSError) as exc:
             log.error("container %s: not all that it had is given back: %s", container.short, exc)
         await self.forget(container)
+
+
+def open_log_of(container: LiveContainer) -> int | None:
+    """The caller closes it; None is one without a log. Raises InvalidArgument."""
+    return open_log(container.record.log_path) if container.record.log_path else None

@@ -18,6 +18,8 @@ class LiveContainer:
         """Serialises create, start and remove; stop and exit reports overtake, so they do not take it."""
         self.writing = asyncio.Lock()
         """Held while the status is written or the record deleted."""
+        self.logging: asyncio.Task[None] | None = None
+        """Begins its log: CreateContainer does not wait for it, StartContainer does."""
         self.stop_at = float("inf")
         """Loop time at which a running StopContainer sends SIGKILL; a later, shorter grace moves it."""
         self.stop_moved = asyncio.Event()

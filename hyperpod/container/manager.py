@@ -57,6 +57,8 @@ class ContainerManager:
             laps = Laps()
             sandbox.calls["StartContainer"] = laps.seconds
             failpoints.passing("container.started")
+            await self.known.need_log(container, sandbox)
+            laps("log")
             try:
                 pid = await sandbox.session.repeatable(lambda agent: agent.start_container(container.id))
             except HyperpodError as failure:
@@ -118,6 +120,7 @@ class ContainerManager:
                 return
             await self.known.set(container, durable=False, removing=True)
             failpoints.passing("container.removing")
+            await self.known.end_log_begin(container)
             sandbox = self.known.sandboxes.index.find(container.sandbox_id)
             if sandbox is not None and sandbox.ready:
                 try:

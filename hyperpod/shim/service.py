@@ -114,7 +114,7 @@ class Shim:
             stack.push_async_callback(control.close)
             self._tasks.spawn("store", self._store.run())
             self._store.ready()
-            log.info("serving (device: %s)", self._device_state)
+            log.debug("serving (device: %s)", self._device_state)
             await self.stop.wait()
 
     async def _open_device(self, directory: Path) -> VsockDevice:

@@ -20,6 +20,7 @@ from hyperpod.supervisor import linux
 
 LATER = (
     "hyperpod.agent.sessions",
+    "hyperpod.mountapi",
     "hyperpod.spec.capabilities",
     "hyperpod.spec.sysctls",
     "hyperpod.spec.users",

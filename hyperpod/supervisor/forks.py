@@ -23,17 +23,21 @@ for _name, _values in (
 import ctypes  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
+import logging  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
 import traceback  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import NoReturn  # noqa: E402
+
+from grpclib.exceptions import GRPCError  # noqa: E402
 
 from hyperpod.errors import HyperpodError, Unavailable  # noqa: E402
 from hyperpod.shim import packets  # noqa: E402
 from hyperpod.shim.service import Stored  # noqa: E402
-from hyperpod.supervisor import children, linux  # noqa: E402
+from hyperpod.supervisor import children, linux, rehearsal  # noqa: E402
 from hyperpod.wire.control import Request, decode_request, encode_error, encode_reply  # noqa: E402
 
 _MALLOC = {-8: 1, -3: 512 * 1024, -1: 1024 * 1024}
@@ -124,6 +128,14 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends with the supervisor, whose business they are
         signal.signal(number, signal.SIG_IGN)
     children.preload()
+    try:
+        rehearsal.rehearse(Path(supervisor_socket).parent / "rehearsal")
+    except (
+        HyperpodError,
+        GRPCError,
+        OSError,
+    ) as exc:  # then each child has more to do for itself, that is all
+        logging.getLogger(__name__).warning("the nursery's rehearsal failed: %s", exc)
     gc.collect()
     gc.freeze()
     Forks(socket.socket(fileno=int(fd)), supervisor_socket, log_level).serve()

@@ -332,6 +332,29 @@ async def test_a_killed_nursery_is_replaced() -> None:
             assert other != nursery
 
 
+def test_a_rehearsal_leaves_nothing_in_the_nursery(tmp_path: Path) -> None:
+    """What is forked from it has its folders, descriptors, threads and signal handlers otherwise."""
+    script = """
+import os, signal, sys, threading
+from pathlib import Path
+from hyperpod.supervisor import forks, rehearsal
+def state():
+    handlers = [signal.getsignal(n) for n in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    return os.listdir("/proc/self/fd"), threading.enumerate(), handlers, os.getcwd(), os.umask(0o22)
+before = state()
+rehearsal.rehearse(Path(sys.argv[1]))
+assert state() == before, (before, state())
+assert signal.set_wakeup_fd(-1) == -1
+assert not os.path.exists(sys.argv[1])
+"""
+    folder = tmp_path / "rehearsal"
+    (folder / "left").mkdir(parents=True)  # by one that was killed in the middle
+    done = subprocess.run(
+        [sys.executable, "-c", script, folder], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 async def test_the_nursery_ends_with_the_supervisor_and_the_shims_do_not() -> None:
     with supervisor() as parent:
         async with pod(parent) as one:

@@ -81,6 +81,21 @@ async def test_pods_survive_daemon_shim_and_supervisor(own_daemon: Daemon) -> No
     assert own_daemon.leftovers() == []
 
 
+async def test_a_shim_that_dies_while_a_log_begins(own_daemon: Daemon) -> None:
+    """CreateContainer does not wait for it, StartContainer does not fail of it, and the next shim has all lines."""
+    async with client_of(own_daemon, "host") as client:
+        await client.load_busybox()
+        pod = await client.run_pod()
+        shim = process_of(own_daemon, "hyperpod-shim", pod)
+        os.kill(shim, signal.SIGSTOP)
+        container = await client.create(pod, "/bin/sh", "-c", COUNTER)
+        os.kill(shim, signal.SIGKILL)
+        await client.start(container)
+        await goes_on(client, container)
+        await client.remove_pod(pod)
+    assert own_daemon.leftovers() == []
+
+
 async def test_execs_beside_the_death_of_a_shim(own_daemon: Daemon) -> None:
     """Each runs once, and none of them fails: the next shim collects what the dead one has not handed on."""
     async with client_of(own_daemon, "host") as client:
