@@ -6,8 +6,13 @@ and "agent" fork one, and are answered with its pid. The end of the socket is th
 
 from __future__ import annotations
 
+import os
 import sys
 import types
+
+# What threading, logging and random do after a fork is for locks that somebody may hold and numbers that somebody
+# may draw: here is one thread, which holds none, and nobody draws. It would make 600 KB of each child its own.
+os.register_at_fork = lambda **_: None
 
 # Neither shim nor agent needs them: betterproto2, asyncio and hashlib do without, as in a guest, and every child's
 # share of this process is smaller. betterproto2 and websockets load `email` and `zipfile` for their own version;
@@ -24,7 +29,6 @@ import ctypes  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
-import os  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
 import traceback  # noqa: E402
@@ -45,8 +49,6 @@ _MALLOC = {-8: 1, -3: 512 * 1024, -1: 1024 * 1024}
 M_TRIM_THRESHOLD, bytes: a shim that reads 256 KiB at once would else get and give back their pages each time, which
 was a quarter of what a port-forward's way up costs. So it keeps up to a MiB that is free."""
 
-_ANSWER = 1000
-
 
 class Forks:
     """Serves until its socket ends."""
@@ -56,49 +58,45 @@ class Forks:
         self._stored: Stored = {}
 
     def serve(self) -> None:
-        """Raises OSError."""
+        """Does as little as can be: what is written here becomes its own in every process that was forked before.
+
+        Raises OSError."""
+        while self._sock.recv(1, socket.MSG_PEEK):
+            between = os.fork()
+            if between == 0:
+                self._between()
+            if os.waitpid(between, 0)[1]:
+                return  # without an answer; the supervisor starts another nursery, and asks again
+
+    def _between(self) -> NoReturn:
+        """Takes one request and ends at once, so that the supervisor is the parent of what it has forked."""
+        code = 70
+        try:
+            request = self._receive()
+            try:
+                run = self._prepare(request)
+                pid = os.fork()
+            except (OSError, HyperpodError) as exc:
+                failure = Unavailable(f"no {request.op[:16]} was forked: {exc}")
+                packets.send(self._sock, encode_error(request.id, failure))
+            else:
+                if pid == 0:
+                    self._child(run)
+                packets.send(self._sock, encode_reply(request.id, {"pid": pid}))
+            code = 0
+        except BaseException:  # noqa: BLE001  # it may never return into the parent's stack
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+    def _receive(self) -> Request:
+        """Raises OSError, ProtocolError."""
         while True:
             data, fds = packets.receive(self._sock)
-            if not data:
-                return
             request = decode_request(data)
-            if request.op == "item":
-                self._stored[request.text("name")] = json.loads(request.text("state", len(data))), fds
-                continue
-            try:
-                reply = encode_reply(request.id, {"pid": self._fork(request)})
-            except HyperpodError as exc:
-                reply = encode_error(request.id, exc)
-            for _, held in self._stored.values():
-                packets.close_all(held)
-            self._stored = {}
-            packets.send(self._sock, reply)
-
-    def _fork(self, request: Request) -> int:
-        """By way of a process that ends at once, so that the supervisor is the parent. Raises Unavailable."""
-        reading, writing = os.pipe2(os.O_CLOEXEC)
-        between = os.fork()
-        if between == 0:
-            self._between(request, writing)
-        os.close(writing)
-        answer = os.read(reading, _ANSWER)  # one write; the end comes only when the child has closed its copy
-        os.close(reading)
-        os.waitpid(between, 0)
-        if not answer.isdigit():
-            raise Unavailable(f"no {request.op[:16]} was forked: {answer.decode(errors='replace')}")
-        return int(answer)
-
-    def _between(self, request: Request, writing: int) -> NoReturn:
-        try:
-            run = self._prepare(request)
-            pid = os.fork()
-            if pid == 0:
-                self._child(run)
-            os.write(writing, b"%d" % pid)
-        except (OSError, HyperpodError) as exc:
-            os.write(writing, str(exc).encode()[:_ANSWER])
-        finally:
-            os._exit(0)
+            if request.op != "item":
+                return request
+            self._stored[request.text("name")] = json.loads(request.text("state", len(data))), fds
 
     def _child(self, run: Callable[[], int]) -> NoReturn:
         """The rest of the child's life: it may never return into the parent's stack."""
