@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from hyperpod.errors import ImageError, InvalidArgument, NotFound
 from hyperpod.image import manifest as m
-from hyperpod.image.convert import work
+from hyperpod.image.convert import give, work
 from hyperpod.image.pull import StagedImage, read_file, staged
 from hyperpod.image.reference import Reference, parse
 from hyperpod.image.settings import ImageSettings
@@ -76,13 +77,15 @@ async def open_source(path: Path, folder: Path, settings: ImageSettings) -> Sour
     try:
         limits = settings.limits
         job = {"mode": "unpack", "max_members": limits.max_archive_members, "max_total": limits.max_image}
-        result = await work(fd, job, folder, settings, what)
+        inside = folder / "files"
+        await asyncio.to_thread(give, inside, settings)
+        result = await work(fd, job, inside, settings, what)
     finally:
         os.close(fd)
     files = {str(name): str(file) for name, file in result["files"].items()}
     if any("/" in file for file in files.values()):
         raise ImageError(f"{what}: the converter answered nonsense")
-    return Source(what, settings, folder, files)
+    return Source(what, settings, inside, files)
 
 
 def images(source: Source, settings: ImageSettings) -> list[LoadedImage]:

@@ -68,6 +68,12 @@ def open_blob(path: Path, size: int | None, what: str) -> int:
     return fd
 
 
+def give(folder: Path, settings: ImageSettings) -> None:
+    """Make a folder for the unprivileged user, in one of root's."""
+    folder.mkdir(mode=0o700)
+    os.chown(folder, settings.uid, settings.gid)
+
+
 async def work(
     fd: int, job: dict[str, Any], folder: Path, settings: ImageSettings, what: str
 ) -> dict[str, Any]:
@@ -144,15 +150,11 @@ class LayerFiles:
         try:
             lock = self._locks.setdefault(diff_id, asyncio.Lock())
             async with lock, self._slots:
-                await asyncio.to_thread(self._give, folder)
+                await asyncio.to_thread(give, folder, self._settings)
                 job = self._job(declared, diff_id, below)
                 return await self._convert(fd, job, folder, what)
         finally:
             os.close(fd)
-
-    def _give(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700)
-        os.chown(folder, self._settings.uid, self._settings.gid)
 
     def _job(self, declared: Blob | None, diff_id: str, below: Sequence[Path] | None) -> dict[str, Any]:
         limits = self._settings.limits

@@ -13,7 +13,7 @@ from pathlib import Path
 from hyperpod.errors import ImageError, ResourceExhausted
 from hyperpod.image import manifest as m
 from hyperpod.image.bearer import TokenProxy
-from hyperpod.image.convert import open_blob
+from hyperpod.image.convert import give, open_blob
 from hyperpod.image.process import run
 from hyperpod.image.reference import Reference
 from hyperpod.image.settings import ImageSettings
@@ -66,7 +66,7 @@ def room(folder: Path, need: int, what: str) -> None:
 
 
 class Pull:
-    """`folder` belongs to this pull alone and to the unprivileged user; the caller removes it."""
+    """`folder` belongs to this pull alone; the caller removes it."""
 
     def __init__(self, reference: Reference, folder: Path, settings: ImageSettings) -> None:
         self.reference, self.folder, self.settings = reference, folder, settings
@@ -152,8 +152,7 @@ class Pull:
                 log.info("%s: %d of %d bytes", what, have, total)
             return have
 
-        target.mkdir(mode=0o700)
-        os.chown(target, self.settings.uid, self.settings.gid)
+        await asyncio.to_thread(give, target, self.settings)
         finished = await run(
             self._skopeo.copy(location(self.reference, digest, self._skopeo.host), "blobs"),
             what=what,

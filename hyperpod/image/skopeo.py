@@ -22,6 +22,7 @@ from hyperpod.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from hyperpod.image.convert import give
 from hyperpod.image.reference import DEFAULT_HOST, Reference
 from hyperpod.image.settings import ImageSettings
 from hyperpod.logs import printable
@@ -124,8 +125,7 @@ class Skopeo:
         secret = auth_file(auth, self.host)
         uid, gid = self.settings.uid, self.settings.gid
         for name in ("home", "tmp", "registries.d"):
-            (self.folder / name).mkdir(mode=0o700)
-            os.chown(self.folder / name, uid, gid)
+            give(self.folder / name, self.settings)
         hosts = {*self.settings.insecure_registries, *([self.host] if is_loopback(self.host) else [])}
         lines = ["unqualified-search-registries = []", 'short-name-mode = "disabled"']
         for host in sorted(hosts):

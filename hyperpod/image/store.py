@@ -11,7 +11,6 @@ import asyncio
 import builtins
 import hashlib
 import logging
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -159,10 +158,13 @@ class ImageStore:
 
     @asynccontextmanager
     async def _folder(self, prefix: str) -> AsyncIterator[Path]:
-        """A work folder of the unprivileged user, gone afterwards whatever happens."""
+        """A work folder, gone afterwards whatever happens.
+
+        It is root's: what is made in it for the unprivileged user cannot be swapped, before it is given away, by
+        processes of that user that hostile images left behind."""
         folder = Path(tempfile.mkdtemp("", prefix, self._disk.staging))
         try:
-            os.chown(folder, self._settings.uid, self._settings.gid)
+            folder.chmod(0o711)
             yield folder
         finally:
             # Shielded: a pull that is cancelled a second time cleans up as well.

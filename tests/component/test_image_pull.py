@@ -345,6 +345,27 @@ async def test_credentials_are_in_no_command_line(
     assert modes == {"0o600"}
 
 
+async def test_the_unprivileged_user_cannot_swap_what_root_gives_it(
+    registry: reg.Registry, store: ImageStore, state: Path
+) -> None:
+    """What a hostile image left running as that user must not get other files given to it in their place."""
+    pull = asyncio.ensure_future(store.pull(f"{registry.address}/library/app"))
+    owners: dict[str, set[int]] = {}
+    while not pull.done():
+        for path in (
+            *state.glob("staging/*"),
+            *state.glob("staging/*/*"),
+            *state.glob("staging/*/layers-*/*"),
+        ):
+            with contextlib.suppress(OSError):
+                name = path.name.partition("-")[0]
+                owners.setdefault(name, set()).add(path.parent.stat().st_uid)
+        await asyncio.sleep(0)
+    await pull
+    assert owners.keys() >= {"pull", "layers", "0", "1", "blobs", "tmp", "auth.json"}
+    assert set().union(*owners.values()) == {0}, owners
+
+
 async def test_blob_that_is_not_what_its_digest_says(
     registry: reg.Registry, store: ImageStore, state: Path
 ) -> None:
