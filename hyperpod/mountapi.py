@@ -21,6 +21,7 @@ MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 MOUNT_ATTR_IDMAP = 0x100000
 MS_PRIVATE, MS_SLAVE = 1 << 18, 1 << 19
 
+_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 _CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
 
 # The same on every architecture since Linux 5.1.
@@ -77,6 +78,11 @@ def map_ids(tree: int, userns: int) -> None:
 def attach(tree: int, folder: int, name: bytes) -> None:
     """Mount a detached copy on `name` in the folder `folder`; a symbolic link there is not followed."""
     _check(_libc.syscall(_SYS_MOVE_MOUNT, tree, b"", folder, name, MOVE_MOUNT_F_EMPTY_PATH), "move_mount")
+
+
+def detach(path: bytes) -> None:
+    """Unmount what lies on `path`, now or when nobody uses it any more. EINVAL: nothing does."""
+    _check(_libc.umount2(path, _MNT_DETACH | _UMOUNT_NOFOLLOW), "umount2")
 
 
 def enter_mount_namespace(fd: int) -> None:

@@ -83,7 +83,7 @@ class VmBuilder(SandboxBuilder):
                     failpoints.passing("sandbox.domain")
                     await self.networks.plug(record, network)
                     if record.virtiofs == "boot":
-                        await self.shares.seal(sandbox)
+                        await self.shares.uncover(sandbox)
                         failpoints.passing("sandbox.sealed")
                 with phases("kernel+agent"):
                     hello = await self.wait_for_agent(sandbox, network)

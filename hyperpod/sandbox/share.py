@@ -48,12 +48,9 @@ class Shares:
         await asyncio.to_thread(sandbox.files.start, self._program, record.uid, record.gid, cgroups)
         sandbox.files_started.set()
 
-    async def seal(self, sandbox: LiveSandbox) -> None:
-        """Once QEMU has connected, before anything of a tenant runs."""
-        namespace = await asyncio.to_thread(sandbox.files.namespace)
-        await self._threads.run(
-            lambda: binds.seal(namespace), f"sealing the share of {sandbox.short}", threading.Event()
-        )
+    async def uncover(self, sandbox: LiveSandbox) -> None:
+        """Once QEMU has connected: see FileServer.uncover."""
+        await asyncio.to_thread(sandbox.files.uncover)
 
     async def end(self, sandbox: LiveSandbox) -> None:
         """Safe to repeat. All mounts go with it."""
@@ -118,6 +115,10 @@ class Shares:
             )
         if mode == "demand":
             if not sandbox.files.folder.exists():
-                await self.start(sandbox, await cgroups())
+                try:
+                    await self.start(sandbox, await cgroups())
+                except HyperpodError:
+                    await self.end(sandbox)  # or the next container would find half of one
+                    raise
             await self._hypervisor.attach_share(sandbox.record.domain, str(sandbox.files.socket))
-            await self.seal(sandbox)
+            await self.uncover(sandbox)

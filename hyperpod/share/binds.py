@@ -2,8 +2,8 @@
 
 A source is opened once, following symbolic links as containerd does; type, flags and the mount itself are those of
 that open file, so nothing can be swapped in between. Flags are set while the copy is still detached: a guest never
-sees a read-only mount writable. All functions block and raise hyperpod errors; `bind` and `seal` enter another
-mount namespace, so each needs a thread that ends with it.
+sees a read-only mount writable. All functions block and raise hyperpod errors; `bind` enters another mount
+namespace, so it needs a thread that ends with it.
 """
 
 from __future__ import annotations
@@ -94,20 +94,6 @@ def bind(target: Target, binds: Sequence[HostBind], cancelled: Event) -> list[st
     return [path for source in sources for path in source.submounts]
 
 
-def seal(namespace: str) -> None:
-    """Make the share's own folder read-only for virtiofsd: a guest finds no place in it but what is mounted."""
-    _enter(namespace)
-    try:
-        mountapi.set_attributes(
-            mountapi.AT_FDCWD,
-            b"/",
-            attributes=mountapi.MOUNT_ATTR_RDONLY | mountapi.MOUNT_ATTR_NODEV,
-            recursive=False,
-        )
-    except OSError as exc:
-        raise HyperpodError(f"the share cannot be made read-only: {exc.strerror}") from exc
-
-
 def release(share: Path, container_id: str) -> None:
     """Unmount a container's mounts and forget them; nothing there is fine. The name of its folder does for its id.
 
@@ -115,11 +101,14 @@ def release(share: Path, container_id: str) -> None:
     is none that we made."""
     place = share / folder(container_id)
     with contextlib.suppress(FileNotFoundError):
-        for entry in os.scandir(place):
-            if entry.is_dir(follow_symlinks=False):
-                Path(entry.path).rmdir()
-            else:
-                Path(entry.path).unlink()
+        fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            with os.scandir(fd) as entries:
+                for entry in entries:
+                    remove = os.rmdir if entry.is_dir(follow_symlinks=False) else os.unlink
+                    remove(entry.name, dir_fd=fd)
+        finally:
+            os.close(fd)
         place.rmdir()
 
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hyperpod import processes
+from hyperpod import mountapi, processes
 from hyperpod.errors import FailedPrecondition, HyperpodError
 from hyperpod.logs import printable
 from hyperpod.share import binds
@@ -120,6 +120,7 @@ class FileServer:
             with contextlib.suppress(FileExistsError):
                 os.mkfifo(self._log, 0o600)
             self.listen()
+            self._cover()
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
                 listener.bind(str(self.socket))
                 self.socket.chmod(0o600)
@@ -133,6 +134,45 @@ class FileServer:
                 f"virtiofsd cannot be started: {exc.filename or which.path}: {exc.strerror}"
             ) from exc
         return pid
+
+    def _cover(self) -> None:
+        """Lay the folder over itself, read-only.
+
+        virtiofsd copies the mounts that it finds when QEMU has connected, and guests may be hostile by then: so it
+        never has a writable one of this folder, where they would have a place on the host, and no quota. What is
+        mounted in it is not covered: that comes later."""
+        above = os.open(self.folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        share = os.open(FOLDER, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+        try:
+            tree = mountapi.clone_tree(share)
+            try:
+                flags = mountapi.MOUNT_ATTR_RDONLY | mountapi.MOUNT_ATTR_NODEV | mountapi.MOUNT_ATTR_NOSUID
+                private = mountapi.MS_PRIVATE
+                mountapi.set_attributes(tree, b"", attributes=flags, propagation=private, recursive=False)
+                mountapi.attach(tree, above, FOLDER.encode())
+            finally:
+                os.close(tree)
+        finally:
+            os.close(share)
+            os.close(above)
+
+    def uncover(self) -> None:
+        """Once virtiofsd has its copies: from here on mount points can be made in the folder. Safe to repeat.
+
+        Raises FailedPrecondition as `namespace` does, HyperpodError."""
+        self.namespace()
+        try:
+            self._take_off()
+        except OSError as exc:
+            raise HyperpodError(f"{self.share} cannot be used: {exc.strerror}") from exc
+
+    def _take_off(self) -> None:
+        try:
+            while True:
+                mountapi.detach(os.fsencode(self.share))
+        except OSError as exc:
+            if exc.errno not in (errno.EINVAL, errno.ENOENT):  # not covered any more, or not there
+                raise
 
     def _spawn(self, command: list[str], listener: int, cgroups: Sequence[str]) -> int:
         # Opened for both: a writer never waits for a reader, nor dies for want of one.
@@ -223,6 +263,7 @@ class FileServer:
     def _remove(self) -> None:
         """Never by a recursive removal: what is below are mount points of a tenant's files."""
         try:
+            self._take_off()
             for name in os.listdir(self.share):
                 binds.release(self.share, name)
             self.share.rmdir()

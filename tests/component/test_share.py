@@ -52,7 +52,7 @@ def which() -> Program:
 
 
 @contextlib.contextmanager
-def connected(server: FileServer) -> Iterator[str]:
+def connected(server: FileServer, *, covered: bool = False) -> Iterator[str]:
     """Started and confined: gives the namespace of its mounts."""
     server.start(which(), 0, 0, [])
     device = [
@@ -63,7 +63,10 @@ def connected(server: FileServer) -> Iterator[str]:
     ]
     qemu = subprocess.Popen([*QEMU, *MEMORY, *device], stdin=subprocess.DEVNULL)
     try:
-        yield server.namespace()
+        namespace = server.namespace()
+        if not covered:
+            server.uncover()
+        yield namespace
     finally:
         qemu.kill()
         qemu.wait()
@@ -71,8 +74,11 @@ def connected(server: FileServer) -> Iterator[str]:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> FileServer:
-    return FileServer(tmp_path / "m" / SHORT)
+def server(tmp_path: Path) -> Iterator[FileServer]:
+    one = FileServer(tmp_path / "m" / SHORT)
+    yield one
+    with contextlib.suppress(HyperpodError):
+        one.end()
 
 
 @pytest.fixture
@@ -98,19 +104,23 @@ def table(namespace: str) -> dict[str, mountinfo.MountPoint]:
     return {mount.path: mount for mount in mountinfo.parse(lines).values()}
 
 
+def on_the_host(server: FileServer) -> list[str]:
+    """Mount points below its folder; others mount elsewhere meanwhile."""
+    found = mountinfo.parse(Path("/proc/self/mountinfo").read_bytes()).values()
+    return [mount.path for mount in found if mount.path.startswith(f"{server.folder}/")]
+
+
 def inside(namespace: str) -> Path:
     return Path(namespace.replace("ns/mnt", "root"))
 
 
 def test_mounts_come_and_go_and_are_nowhere_else(server: FileServer, source: Path) -> None:
-    before = Path("/proc/self/mountinfo").read_text()
     with connected(server) as namespace:
-        apart(binds.seal, namespace)
         put(namespace, server, [one(source, 0, readonly=True), one(source, 1), one(source / "file", 2)])
         found = table(namespace)
         assert sorted(found) == ["/", *(f"/{SHORT}/{n}" for n in range(3))]
         assert [found[path].readonly for path in sorted(found)] == [True, True, False, False]
-        assert Path("/proc/self/mountinfo").read_text() == before
+        assert on_the_host(server) == []
         assert (inside(namespace) / SHORT / "0" / "file").read_text() == "mine"
         (inside(namespace) / SHORT / "1" / "new").touch()
         assert (source / "new").exists()
@@ -126,7 +136,49 @@ def test_mounts_come_and_go_and_are_nowhere_else(server: FileServer, source: Pat
     assert not server.folder.exists()
     assert not Path(f"/proc/{pid}").exists()
     assert sorted(path.name for path in source.iterdir()) == ["file", "new"]
-    assert Path("/proc/self/mountinfo").read_text() == before
+    assert on_the_host(server) == []
+
+
+@pytest.mark.parametrize("propagation", ["private", "shared"])
+def test_a_guest_never_has_a_writable_place_of_its_own(
+    server: FileServer, source: Path, propagation: str
+) -> None:
+    """Plugged into a guest that tenants own already, it would be theirs for a moment."""
+    run = _made(server.folder.parent)
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(run)], check=True)
+    try:
+        subprocess.run(["mount", f"--make-{propagation}", str(run)], check=True)
+        _never_writable(server, source)
+    finally:
+        subprocess.run(["umount", "-l", str(run)], check=True)
+
+
+def _never_writable(server: FileServer, source: Path) -> None:
+    with connected(server, covered=True) as namespace:
+        assert table(namespace)["/"].readonly
+        with pytest.raises(OSError, match="Read-only file system"):
+            (inside(namespace) / "evil").symlink_to(source)
+        with pytest.raises(HyperpodError, match="mount point .*Read-only file system"):
+            put(namespace, server, [one(source)])
+        server.uncover()
+        server.uncover()
+        assert on_the_host(server) == []
+        assert table(namespace)["/"].readonly
+        put(namespace, server, [one(source)])
+    with connected(server, covered=True):
+        pass  # as after the death of a daemon in between
+    assert not server.folder.exists()
+    assert on_the_host(server) == []
+
+
+def test_the_clean_up_follows_no_link(server: FileServer, source: Path) -> None:
+    server.share.mkdir(parents=True)
+    (server.share / SHORT).symlink_to(source)
+    with pytest.raises(OSError, match="Not a directory"):
+        binds.release(server.share, SHORT)
+    with pytest.raises(HyperpodError, match="cannot be removed"):
+        server.end()
+    assert (source / "file").read_text() == "mine"
 
 
 def test_nothing_stays_of_a_group_with_a_bad_one(server: FileServer, source: Path, tmp_path: Path) -> None:
@@ -204,7 +256,7 @@ def test_an_end_without_a_start_and_after_a_death(server: FileServer, source: Pa
         with pytest.raises(FailedPrecondition, match="has ended"):
             server.namespace()
         with pytest.raises(Unavailable):
-            apart(binds.seal, "/proc/999999999/ns/mnt")
+            put("/proc/999999999/ns/mnt", server, [one(source, 1)])
     assert not server.folder.exists()
     assert (source / "file").read_text() == "mine"
 
