@@ -39,8 +39,10 @@ class ConfDir:
 
     def _files(self) -> list[Path]:
         with contextlib.suppress(OSError):
-            names = sorted(os.listdir(self.conf_dir))
-            return [self.conf_dir / name for name in names if name.endswith(SUFFIXES)]
+            paths = [
+                self.conf_dir / name for name in sorted(os.listdir(self.conf_dir)) if name.endswith(SUFFIXES)
+            ]
+            return [path for path in paths if not path.is_dir()]
         return []
 
     def _read(self, files: list[Path]) -> Conflist | str:

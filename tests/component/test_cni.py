@@ -333,6 +333,7 @@ def test_the_first_file_decides_and_is_read_again(network: Network, tmp_path: Pa
         conf.current()
     (network.conf_dir / "05-first.conf").unlink()
     (network.conf_dir / "00-notes.txt").write_text("not a configuration")
+    (network.conf_dir / "00-old.conflist").mkdir()
     assert conf.current().name == network.name
     network.file.unlink()
     with pytest.raises(NetworkError, match=rf"no CNI network: {network.conf_dir}"):
