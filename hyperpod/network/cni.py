@@ -82,7 +82,7 @@ class Cni:
         variables = _variables(attachment) | {"CNI_NETNS": netns}
         # 0.3.x has no prevResult for DEL (section 2 of its specification)
         keep = attachment.result and network.supports("0.4.0")
-        previous = decode("the stored result", attachment.result) if keep else None
+        previous = json.loads(attachment.result) if keep else None
         runtime = json.loads(attachment.runtime)
         for plugin in reversed(network.plugins):
             await self._call("DEL", network, plugin, variables, previous=previous, runtime=runtime)
@@ -92,7 +92,7 @@ class Cni:
         network = _network(attachment)
         if network.disable_check or not network.supports("0.4.0") or not attachment.result:
             return
-        previous, runtime = decode("the stored result", attachment.result), json.loads(attachment.runtime)
+        previous, runtime = json.loads(attachment.result), json.loads(attachment.runtime)
         for plugin in network.plugins:
             await self._call(
                 "CHECK", network, plugin, _variables(attachment), previous=previous, runtime=runtime

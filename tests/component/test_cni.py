@@ -260,6 +260,22 @@ async def test_a_grandchild_that_keeps_the_pipes_does_not_hold_us_up() -> None:
     assert len(done.stdout) < MAX_STDOUT
 
 
+async def test_a_result_as_large_as_one_may_be_is_given_back(network: Network, tmp_path: Path) -> None:
+    """Written down it is larger: spaces, and escapes for what is not ASCII."""
+    (tmp_path / "result").write_text(
+        f'{RESULT[:-1]},"more":[{",".join(["0"] * 300_000)}],"é":"{"é" * 50_000}"}}'
+    )
+    plugin(
+        tmp_path / "bin", "large", f'[ "$CNI_COMMAND" = DEL ] && cat >{tmp_path}/del || cat {tmp_path}/result'
+    )
+    network.write({"type": "large"})
+    cni = caller(network, tmp_path / "bin")
+    done, _ = await cni.add(attachment(network, tmp_path))
+    await cni.check(done)
+    await cni.delete(done, netns="")
+    assert json.loads((tmp_path / "del").read_bytes())["prevResult"] == json.loads(done.result)
+
+
 async def test_a_plugin_ends_with_the_daemon_that_called_it(network: Network, tmp_path: Path) -> None:
     seconds = f"30.{os.getpid()}"
     plugin(tmp_path / "bin", "slow", f"touch {tmp_path}/began; exec sleep {seconds}")
