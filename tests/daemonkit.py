@@ -184,6 +184,17 @@ class Daemon:
         left += [name for name in taps() if name[2:14] in shorts]
         return left + self.network.leftovers()
 
+    def add_plugin(self, name: str, script: str) -> None:
+        """A CNI plugin beside Debian's, for a daemon that starts anew."""
+        path, config = self.base / "bin" / name, self.base / "config.toml"
+        path.parent.mkdir()
+        path.write_text(script)
+        path.chmod(0o755)
+        bins = f'[network]\nbin_dirs = ["/usr/lib/cni", "{path.parent}"]'
+        config.write_text(config.read_text().replace("[network]", bins))
+        self.stop()
+        self.start()
+
     def unmount_namespaces(self) -> None:
         """As the end of the host does: what was in them is gone."""
         for mount in (self.run_dir / "netns").glob("*"):

@@ -464,7 +464,9 @@ class SandboxManager:
         await self.listener.connected(sandbox)
         self._watch(sandbox)
         if sandbox.status.network is not None:
-            self.owner.spawn(f"network-check/{sandbox.short}", self._check_network(sandbox))
+            # Its end comes before the network's: a plugin is not called twice at once for one pod.
+            check = self.owner.spawn(f"network-check/{sandbox.short}", self._check_network(sandbox))
+            sandbox.tasks.append(check)
 
     async def _check_network(self, sandbox: LiveSandbox) -> None:
         """After a restart, for the log only: plugins' CHECKs have faults of their own (Debian's bandwidth panics

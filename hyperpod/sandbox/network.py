@@ -33,6 +33,9 @@ FILE = "network.json"
 FILLED = "10-hyperpod-net.conflist"
 """Made of the template, in the folder of the conflists."""
 
+CHECKS_AT_ONCE = 2
+"""After a restart every pod's is due, and nobody waits for it: new pods' plugins go first."""
+
 
 class PodNetworks:
     """`folder` gives the record folder of a sandbox's id. Every coroutine raises hyperpod errors only."""
@@ -41,6 +44,7 @@ class PodNetworks:
         self.cni = Cni(ConfDir(config.conf_dir, config.bin_dirs), config.plugin_timeout)
         self.namespaces = Namespaces(run_dir)
         self._config, self._folder = config, folder
+        self._checks = asyncio.Semaphore(CHECKS_AT_ONCE)
 
     async def attach(
         self, record: SandboxRecord, *, vm: bool = True, netns: Path | None = None
@@ -129,8 +133,9 @@ class PodNetworks:
 
     async def check(self, sandbox_id: str) -> None:
         """CHECK of a running pod. Raises NetworkError that says what is not as it was made."""
-        if (attachment := await asyncio.to_thread(_read, self._folder(sandbox_id) / FILE)) is not None:
-            await self.cni.check(attachment)
+        async with self._checks:
+            if (attachment := await asyncio.to_thread(_read, self._folder(sandbox_id) / FILE)) is not None:
+                await self.cni.check(attachment)
 
     async def sweep(self, known: Iterable[str]) -> None:
         """Remove namespaces of sandboxes that have no record."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,8 +13,8 @@ from hyperpod.config import NetworkConfig
 from hyperpod.errors import NetworkError
 from hyperpod.model.network import Attachment
 from hyperpod.model.sandbox import SandboxRecord
-from hyperpod.sandbox.network import FILE, PodNetworks
-from tests.component.test_cni import PLUGINS, plugin
+from hyperpod.sandbox.network import CHECKS_AT_ONCE, FILE, PodNetworks
+from tests.component.test_cni import PLUGINS, RESULT, plugin
 from tests.netkit import Network
 from tests.unit.test_convert import sandbox
 
@@ -86,6 +87,24 @@ async def test_a_record_that_was_set_aside(
     shutil.move(tmp_path / IDENT, tmp_path / "aside")
     await networks.detach(IDENT, tmp_path / "aside")
     assert network.leftovers() == [] and networks.namespaces.known() == []
+
+
+async def test_checks_after_a_restart_leave_room_for_others(
+    tmp_path: Path, network: Network, networks: PodNetworks, record: SandboxRecord
+) -> None:
+    now = tmp_path / "now"
+    now.mkdir()
+    script = (
+        f"[ \"$CNI_COMMAND\" = CHECK ] || exec echo '{RESULT}'; touch {now}/$$; "
+        f"ls {now} | wc -l >> {tmp_path}/many; sleep 0.1; rm {now}/$$"
+    )
+    plugin(tmp_path / "bin", "slow", script)
+    network.write({"type": "slow"})
+    await networks.attach(record, vm=False)
+    await asyncio.gather(*(networks.check(IDENT) for _ in range(8)))
+    many = [int(line) for line in (tmp_path / "many").read_text().split()]
+    assert len(many) == 8 and max(many) <= CHECKS_AT_ONCE
+    await networks.detach(IDENT)
 
 
 async def test_a_damaged_file_keeps_nobody_from_stopping(

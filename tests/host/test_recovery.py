@@ -231,6 +231,32 @@ async def test_pods_with_damaged_records_leave_nothing(own_daemon: Daemon) -> No
     assert (aside / one / "record.json").exists() and (aside / two / "record.json").exists()
 
 
+CHECKED = """#!/bin/sh
+case $CNI_COMMAND in
+  ADD) exec python3 -c 'import json, sys; print(json.dumps(json.load(sys.stdin)["prevResult"]))' ;;
+  CHECK) echo $$ >FOLDER/new; mv FOLDER/new FOLDER/checking; exec sleep 30 ;;
+  DEL) kill -0 $(cat FOLDER/checking); echo $? >FOLDER/over ;;
+esac
+"""
+
+
+async def test_a_pod_is_removed_while_its_network_is_checked(own_daemon: Daemon, tmp_path: Path) -> None:
+    """No plugin is called twice at once for one pod (CNI's section 2): the CHECK after a restart gives way."""
+    own_daemon.add_plugin("checked", CHECKED.replace("FOLDER", str(tmp_path)))
+    own_daemon.network.write(own_daemon.network.bridge_plugin(), {"type": "checked"})
+    async with client_of(own_daemon, "host") as client:
+        await client.load_busybox()
+        pod = await client.run_pod()
+    own_daemon.kill_daemon()
+    async with client_of(own_daemon, "host") as client:
+        async with asyncio.timeout(30):
+            while not (tmp_path / "checking").exists():
+                await asyncio.sleep(0.05)
+        await client.remove_pod(pod)
+    assert (tmp_path / "over").read_text() == "1\n", "its process was gone"
+    assert own_daemon.leftovers() == []
+
+
 async def test_the_daemon_killed_at_every_step(own_daemon: Daemon) -> None:
     names = (name for name in failpoints.NAMES if name not in failpoints.OF_VMS)
     await killed_at_every_step(own_daemon, names, "host")

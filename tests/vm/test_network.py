@@ -182,18 +182,6 @@ def own_daemon() -> Iterator[Daemon]:
         yield one
 
 
-def give_plugin(one: Daemon, name: str, script: str) -> None:
-    """A plugin beside Debian's, for a daemon that starts anew."""
-    path, config = one.base / "bin" / name, one.base / "config.toml"
-    path.parent.mkdir()
-    path.write_text(script)
-    path.chmod(0o755)
-    bins = f'[network]\nbin_dirs = ["/usr/lib/cni", "{path.parent}"]'
-    config.write_text(config.read_text().replace("[network]", bins))
-    one.stop()
-    one.start()
-
-
 async def test_the_network_outlives_the_daemon(own_daemon: Daemon) -> None:
     async with own_daemon.client() as client:
         await client.load_busybox()
@@ -270,7 +258,7 @@ async def test_links_to_the_host_alone_and_a_second_interface(own_daemon: Daemon
     network = own_daemon.network
     async with own_daemon.client() as client:
         await client.load_busybox()
-        give_plugin(own_daemon, "more", MORE)
+        own_daemon.add_plugin("more", MORE)
     async with own_daemon.client() as client:
         network.write({"type": "ptp", "ipam": network.bridge_plugin()["ipam"]})
         one = await client.run_pod()
@@ -301,7 +289,7 @@ async def test_a_plugin_that_cannot_clean_up_is_asked_again(own_daemon: Daemon, 
             "print(json.dumps(json.load(sys.stdin).get('prevResult', {})))\n"
         )
         network.write(network.bridge_plugin(), {"type": "pass-on"})
-        give_plugin(own_daemon, "pass-on", script)
+        own_daemon.add_plugin("pass-on", script)
     async with own_daemon.client() as client:
         pod = await client.run_pod()
         container = await client.sh(pod, "sleep 600")
