@@ -183,6 +183,19 @@ async def test_a_tap_that_stands_still_is_cut_off(monkeypatch: pytest.MonkeyPatc
     assert got == tap_module.LIMIT
 
 
+async def test_many_taps_that_stand_still_are_cut_off_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each would hold the container's log up for as long again."""
+    monkeypatch.setattr(tap_module, "STALL", 0.1)
+    fanout = Fanout(("stdout",))
+    taps = [fanout.tap(("stdout",)) for _ in range(200)]
+    async with asyncio.timeout(10):
+        await fanout.publish("stdout", 0, bytes(tap_module.LIMIT))
+    for tap in taps:
+        assert await tap.get() is not None
+        with pytest.raises(ResourceExhausted):
+            await tap.get()
+
+
 async def test_an_input_queue() -> None:
     queue = InputQueue()
     queue.put(b"abcdef")

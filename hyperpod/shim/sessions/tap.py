@@ -73,6 +73,10 @@ class Tap:
         self._open.discard(stream)
         self._news.set()
 
+    @property
+    def full(self) -> bool:
+        return not self._room.is_set()
+
     async def room(self) -> None:
         """Wait until the client has taken some, at most STALL seconds after it last did."""
         while not self._room.is_set():
@@ -114,8 +118,8 @@ class Fanout:
         if data and self._taps:
             for tap in self._taps:
                 tap.put(stream, data)
-            for tap in list(self._taps):
-                await tap.room()
+            if full := [tap for tap in self._taps if tap.full]:
+                await asyncio.gather(*(tap.room() for tap in full))  # their patience must not add up
 
     def end(self, stream: str) -> None:
         self._ended.add(stream)
