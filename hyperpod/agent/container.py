@@ -7,6 +7,7 @@ CREATED --start fails--> CREATED;   any state --remove--> gone
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -131,9 +132,10 @@ class Exec:
             tools.host.fit(process)
         variables = envexec.take(process)
         path = f"{tools.layout.bundle(self.container.id)}/{self.id}"
-        _write_json(path, process)
-        tools.cgroups.make_exec(self.container.id, self.id)
+        folder = self._open_workdir(process, 3 + (envexec.DESCRIPTORS if variables else 0))
         try:
+            _write_json(path, process)
+            tools.cgroups.make_exec(self.container.id, self.id)
             pid, exited = await tools.launch(
                 self.io,
                 variables,
@@ -142,7 +144,7 @@ class Exec:
                     self.container.id,
                     self.id,
                     path,
-                    child,
+                    [*child, *folder],
                     console,
                     oom_score_adj=process.get("oomScoreAdj"),
                 ),
@@ -152,10 +154,24 @@ class Exec:
             tools.cgroups.remove(self.cgroup)
             raise
         finally:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            for fd in folder:
+                os.close(fd)
         self.exited = exited
         exited.add_done_callback(lambda _: self.io.process_ended())
         return pid
+
+    def _open_workdir(self, process: dict[str, Any], number: int) -> list[int]:
+        """Have crun go to where descriptor `number` will be, not by the path, where that could lead it away."""
+        from hyperpod.agent import workdir  # not needed before the first container
+
+        container = self.container
+        if not workdir.needs_care(container.namespaces, process["cwd"]):
+            return []
+        fd = workdir.open_in(container.first_process(), process["cwd"])
+        process["cwd"] = f"/proc/self/fd/{number}"
+        return [fd]
 
     async def wait(self) -> int:
         """The exit code. Raises NotFound when it is removed meanwhile."""
@@ -220,6 +236,9 @@ class Container:
         self.environment: tuple[str, ...] = ()
         """Variables that it has unless others are given, for execs as well."""
         self.pid_target: Container | None = None
+        self.namespaces: list[dict[str, Any]] = []
+        """Of its OCI spec."""
+        self._cwd = "/"
         self._variables: envexec.Variables | None = None
         self._exited: asyncio.Future[int] | None = None
         """Of its first process, once started; done as soon as that is reaped."""
@@ -274,6 +293,7 @@ class Container:
                 self.tools.host.complete(spec)
             podfiles.add_mounts(layout, spec)
             self._variables = envexec.take(spec["process"])
+            self.namespaces, self._cwd = spec["linux"]["namespaces"], str(spec["process"]["cwd"])
             _write_json(f"{layout.bundle(self.id)}/config.json", spec)
         except (HyperpodError, OSError, KeyError, TypeError) as exc:
             await self._undo()
@@ -316,7 +336,7 @@ class Container:
                     self.io,
                     self._variables,
                     self.user,
-                    lambda child, console: tools.crun.run(self.id, child, console),
+                    self._run,
                 )
             except (HyperpodError, OSError):
                 await self._clear_cgroup()
@@ -326,6 +346,17 @@ class Container:
             self.status = replace(self.status, state=State.RUNNING, pid=pid, started_at_ns=time.time_ns())
             tools.owner.spawn(f"exit/{self.id[:12]}", self._wait(exited))
             return pid
+
+    async def _run(self, child: list[int], console: str | None) -> int:
+        from hyperpod.agent import workdir  # not needed before the first container
+
+        crun = self.tools.crun
+        if not workdir.needs_care(self.namespaces, self._cwd):
+            return await crun.run(self.id, child, console)
+        pid = await crun.create(self.id, child, console)
+        workdir.check(pid)
+        await crun.start(self.id)
+        return pid
 
     async def update(self, resources: dict[str, Any]) -> None:
         """New linux.resources, without devices. Raises FailedPrecondition, InvalidArgument."""

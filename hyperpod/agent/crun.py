@@ -41,9 +41,20 @@ class Crun:
 
     async def run(self, container: str, child: list[int], console: str | None) -> int:
         """Create and start; the pid of the first process, which is our child by then."""
+        return await self._make(["run", "--detach"], container, child, console)
+
+    async def create(self, container: str, child: list[int], console: str | None) -> int:
+        """As `run`, but its first process waits for `start` before it becomes the program."""
+        return await self._make(["create"], container, child, console)
+
+    async def start(self, container: str) -> None:
+        """A created one."""
+        await self._bare(["start", container])
+
+    async def _make(self, argv: list[str], container: str, child: list[int], console: str | None) -> int:
         bundle = self._layout.bundle(container)
         pid_file = f"{bundle}/pid"
-        argv = ["run", "--detach", "--bundle", bundle, "--pid-file", pid_file, *_preserved(child)]
+        argv = [*argv, "--bundle", bundle, "--pid-file", pid_file, *_preserved(child)]
         if console:
             argv += ["--console-socket", console]
         await self._call([*argv, container], child)
@@ -75,11 +86,7 @@ class Crun:
 
     async def update(self, container: str, resources_file: str) -> None:
         """Apply limits to a running container."""
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            await self._call(["update", f"--resources={resources_file}", container], [null] * 3)
-        finally:
-            os.close(null)
+        await self._bare(["update", f"--resources={resources_file}", container])
 
     def forget(self, container: str) -> None:
         """Drop crun's state of a container whose processes are gone; an unknown one is fine.
@@ -88,6 +95,14 @@ class Crun:
         more program to start in a guest that may be starved.
         """
         remove_tree(f"{self._layout.crun_root}/{container}")
+
+    async def _bare(self, argv: list[str]) -> None:
+        """A call that starts no process."""
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            await self._call(argv, [null] * 3)
+        finally:
+            os.close(null)
 
     async def _call(self, argv: list[str], child: list[int], oom_score_adj: int | None = None) -> None:
         self._calls += 1

@@ -19,6 +19,9 @@ from hyperpod.tasks import bounded
 PROGRAM = "/usr/lib/hyperpod/envexec"
 """Where the guest image has it, and a host's package; HYPERPOD_ENVEXEC names another place."""
 
+DESCRIPTORS = 3
+"""That a process gets for it, from 3 on."""
+
 START_TIMEOUT = 30.0
 """Seconds from crun's end to the program's exec."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -82,6 +83,43 @@ async def test_a_hostile_image(cri_client: Cri, pod: str, tmp_path: Path) -> Non
     assert await lines(cri_client, pod, "id -u; /who", image=image, linux=user) == ["1000", "0"]
     tied = security(run_as_user=cri.Int64Value(value=1000), no_new_privs=True)
     assert await lines(cri_client, pod, "/who", image=image, linux=tied) == ["1000"]
+
+
+@pytest.mark.parametrize("mode", [cri.NamespaceMode.POD, cri.NamespaceMode.NODE])
+async def test_a_working_directory_stays_in_its_container(cri_client: Cri, mode: cri.NamespaceMode) -> None:
+    """Where other processes are seen, their roots can be named: by an image, or by a container later on."""
+    options = cri.NamespaceOption(pid=mode)
+    context = cri.LinuxSandboxSecurityContext(namespace_options=options)
+    pod = await cri_client.run_pod(cri_client.pod_config(security_context=context))
+    own = security(namespace_options=options)
+    for path in ("/proc/1/root", "/proc/1/root/etc", "/proc/self/fd/9"):
+        out = await cri_client.create(pod, "ls", working_dir=path, linux=own)
+        with pytest.raises(GRPCError) as info:
+            await cri_client.start(out)
+        assert info.value.status is Status.FAILED_PRECONDITION
+        assert (await cri_client.status(out)).reason == "StartError"
+    assert await lines(cri_client, pod, "pwd; exit 0", working_dir="/usr/new", linux=own) == ["/usr/new"]
+    missing = await cri_client.create(pod, "/no/such", working_dir="/etc", linux=own)
+    with pytest.raises(GRPCError, match="executable file `/no/such` not found"):
+        await cri_client.start(missing)
+    container = await cri_client.sh(pod, "sleep 600", working_dir="/wd", linux=own)
+    assert (await cri_client.exec(container, "pwd")).stdout == b"/wd\n"
+    for link in ("/proc/1/root", "/proc/1/cwd", "/proc/self/fd/3"):
+        script = f"cd /; rmdir wd; rm -f wd; ln -s {link} wd; ls"
+        assert b"proc" in (await cri_client.exec(container, "sh", "-c", script)).stdout
+        with pytest.raises(GRPCError) as info:
+            await cri_client.exec(container, "ls")
+        assert info.value.status is Status.FAILED_PRECONDITION
+        (Path(f"/proc/{await pid_of(cri_client, container)}/root/wd")).unlink()
+        (Path(f"/proc/{await pid_of(cri_client, container)}/root/wd")).mkdir()
+    await cri_client.remove_pod(pod)
+
+
+async def pid_of(client: Cri, container: str) -> int:
+    """Of its first process, on the host."""
+    request = cri.ContainerStatusRequest(container_id=container, verbose=True)
+    reply = await client.runtime.container_status(request)
+    return int(json.loads(reply.info["container"])["pid"])
 
 
 async def test_what_a_container_has_by_default(cri_client: Cri, pod: str) -> None:
