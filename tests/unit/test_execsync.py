@@ -48,7 +48,7 @@ async def test_both_streams_in_any_order() -> None:
     "sent",
     [
         (struct.pack("!BI", STDOUT, 2**32 - 1),),
-        (record(STDOUT, b"x" * 65536) for _ in range(300)),
+        (record(STDOUT, b"x" * 65536),) * 300,
         (record(STDOUT, b"x"), record(STDOUT)),
         (record(77, b"x"),),
         (record(STDOUT, b"x"),),
