@@ -295,7 +295,12 @@ def leftovers(run_dir: Path, name: str) -> list[str]:
     """What is there of that domain although it is gone."""
     root = run_dir / "libvirt"
     left = list(processes(f"-name guest={name},").values())
-    left += [str(path) for path in root.glob("**/*") if name in path.name or "domain-" in path.name]
     # Not by glob, which fails when somebody else's goes meanwhile.
+    left += [
+        f"{top}/{found}"
+        for top, folders, files in os.walk(root)
+        for found in (*folders, *files)
+        if name in found or "domain-" in found
+    ]
     left += [top for top, _, _ in os.walk("/sys/fs/cgroup") if name in Path(top).name]
     return left
