@@ -161,6 +161,7 @@ class _Exec:
                     await shim.collect(self._container, self.id, tty=False, limit=LIMIT, fd=theirs.fileno())
                 with contextlib.suppress(_NothingYet):
                     return await _read(ours)
+                await self._sandbox.without(shim)
         raise GuestError("the shim went away again and again while it collected the output")
 
 

@@ -21,6 +21,9 @@ from hyperpod.vsock.dial import Endpoint, HostEndpoint, HybridEndpoint, KernelEn
 SHIMS = 2
 """Deaths of shims that a call bears."""
 
+NOTICE = 1.0
+"""Seconds for a connection that a call found broken to be known as lost."""
+
 T = TypeVar("T")
 
 
@@ -109,9 +112,17 @@ class LiveSandbox:
         made. Raises what it raises, Unavailable when no shim comes."""
         for _ in range(SHIMS):
             shim = await self.living_shim()
-            with contextlib.suppress(Unavailable):
+            try:
                 return await call(shim)
+            except Unavailable:
+                await self.without(shim)
         return await call(await self.living_shim())
+
+    async def without(self, shim: ShimClient) -> None:
+        """Wait until the death of a shim is noticed, of which a call was the first to know."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(NOTICE):
+                await shim.closed.wait()
 
     def need_shim(self) -> ShimClient:
         """The shim's control connection. Raises FailedPrecondition when it is being replaced."""

@@ -15,6 +15,7 @@ from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.container.known import KnownContainers
 from hyperpod.container.live import LiveContainer
 from hyperpod.container.lives import ContainerLives
+from hyperpod.errors import Unavailable
 from hyperpod.model.container import ContainerRecord, ContainerState, ContainerStatus
 from hyperpod.sandbox.live import LiveSandbox
 from hyperpod.sandbox.session import AgentSession
@@ -138,3 +139,29 @@ async def test_exits_of_other_pods_and_of_nobody(tmp_path: Path, ident: str) -> 
         await asyncio.sleep(0.3)
         assert other.state is ContainerState.CREATED
         assert one.shim.asked == 0 and len(one.owner) == 1
+
+
+async def test_a_call_waits_for_the_next_shim_also_when_it_knows_first_of_the_death(tmp_path: Path) -> None:
+    @dataclass
+    class Dying:
+        alive: bool
+        closed: asyncio.Event = field(default_factory=asyncio.Event)
+        asked: int = 0
+
+        async def call(self) -> str:
+            self.asked += 1
+            if not self.alive:
+                raise Unavailable("control connection lost: Broken pipe")
+            return "fine"
+
+    sandbox, _, _ = _made()
+    dead, living = Dying(alive=False), Dying(alive=True)
+    sandbox.shim = cast(Any, dead)
+    asking = asyncio.ensure_future(sandbox.of_any_shim(lambda shim: cast(Any, shim).call()))
+    await asyncio.sleep(0.05)
+    dead.closed.set()
+    sandbox.shim = None
+    await asyncio.sleep(0.05)
+    sandbox.shim = cast(Any, living)
+    assert await asking == "fine"
+    assert (dead.asked, living.asked) == (1, 1)
