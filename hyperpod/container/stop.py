@@ -58,8 +58,10 @@ class Stopper:
         """Send a signal; a guest that cannot be reached is dealt with by the deadlines."""
         try:
             sandbox = self._sandboxes.live(container.sandbox_id)
-            agent = await sandbox.session.client(timeout=2.0)
-            await agent.signal_container(container.id, number, all_processes=everyone)
+            # Rather twice than not at all: what is not ended by its signal costs the whole pod in the end.
+            await sandbox.session.repeatable(
+                lambda agent: agent.signal_container(container.id, number, all_processes=everyone)
+            )
         except NotFound:
             return
         except HyperpodError as exc:

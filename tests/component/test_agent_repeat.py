@@ -7,16 +7,21 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from hyperpod.agentclient.client import AgentClient
+from hyperpod.container.live import LiveContainer
+from hyperpod.container.stop import Stopper
 from hyperpod.errors import AlreadyExists, ConnectionLost, Unavailable
 from hyperpod.sandbox.session import AgentSession
 from hyperpod.spec.oci import ContainerSpecInput, build_process
 from hyperpod.vsock.dial import HostEndpoint
 from hyperpod.vsock.open import CONTROL_PORT
 from tests.agentkit import TIMEOUT, AgentKit
+from tests.unit.test_metrics import _made
 
 
 class Cutter:
@@ -107,6 +112,37 @@ async def test_an_exec_starts_once(
     assert cutter.cuts == 2
     again = await agent.exec(container, "sh", "-c", "exit $(cat /ran | wc -l)")
     assert await agent.client.wait_exec(container, again, timeout=TIMEOUT) == 1
+
+
+@pytest.mark.parametrize(("up", "down"), [(0, -1), (20, -1), (-1, 0)])
+@pytest.mark.parametrize("grace", [0, 30])
+async def test_a_stop_whose_connection_is_cut_is_carried_out(
+    agent: AgentKit, session: AgentSession, cutter: Cutter, up: int, down: int, grace: int
+) -> None:
+    """Else the container would not end, and its whole pod be ended for it."""
+    ident = await agent.start("sh", "-c", "trap 'exit 5' TERM; echo up; while :; do sleep 0.05; done")
+    async with agent.output(ident) as output:
+        await output.read_until(b"up")
+    _, [running, _], _ = _made()
+    container = LiveContainer(
+        running.record.model_copy(update={"id": ident, "stop_signal": "SIGTERM"}), running.status
+    )
+
+    async def unresponsive(_: str) -> None:
+        raise AssertionError("the guest is alive")
+
+    class Sandboxes:
+        def live(self, _: str) -> Any:
+            return SimpleNamespace(session=session)
+
+    stopper = Stopper(cast(Any, Sandboxes()), unresponsive)
+    cutter.up, cutter.down = up, down
+    stopping = asyncio.ensure_future(stopper.stop(container, grace))
+    async with asyncio.timeout(15):
+        assert (await agent.exit_of(ident)).exit_code == (5 if grace else 137)
+        container.exited.set()
+        await stopping
+    assert cutter.cuts == 1
 
 
 async def test_an_agent_that_does_not_come_back(
