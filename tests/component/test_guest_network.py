@@ -169,6 +169,18 @@ async def test_packets_that_no_card_takes(guest: Namespaces) -> None:
     assert 65521 in [x.mtu for x in await guest.run(path, lambda: links.read_interfaces(GUEST))]
 
 
+async def test_a_tap_is_joined_to_its_interface(guest: Namespaces) -> None:
+    path = guest.path(GUEST)
+    card = GuestInterface(name="enp1s0", mac="0a:00:00:00:00:01", mtu=1400, tap=links.tap_name(GUEST, 1))
+    subprocess.run(["ip", "tuntap", "add", card.tap, "mode", "tap"], check=True)
+    await tap.connect(guest, str(path), [card])
+    text = await shell(path, f"ip -o link show {card.tap}; ip -o addr show {card.tap}")
+    assert "mtu 1400" in text and ",UP" in text and "inet" not in text
+    for here, there in ((card.tap, card.name), (card.name, card.tap)):
+        assert f"Redirect to device {there}" in await shell(path, f"tc filter show dev {here} ingress")
+    await shell(path, f"ip link del {card.tap}")
+
+
 async def test_a_tap_that_goes_with_qemu_while_it_is_joined(guest: Namespaces) -> None:
     card = GuestInterface(name="enp1s0", mac="0a:00:00:00:00:01", mtu=1500, tap=links.tap_name(GUEST, 0))
 
