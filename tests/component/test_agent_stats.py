@@ -42,14 +42,18 @@ async def test_a_busy_and_hungry_container_is_seen(agent: AgentKit) -> None:
     async with agent.output(ident) as out:
         await out.read_until(b"up")
     before = await stats(agent)
-    await asyncio.sleep(1)
-    after = await stats(agent, details=True)
+    async with asyncio.timeout(30):  # on a busy host it has little of a CPU
+        while True:
+            after = await stats(agent, details=True)
+            old, new = before.containers[ident].cgroup, after.containers[ident].cgroup
+            assert old is not None and new is not None
+            if new.cpu_usage_ns - old.cpu_usage_ns > 100_000_000:
+                break
+            await asyncio.sleep(0.2)
     assert set(before.containers) == set(after.containers) == {created, ident}
     assert after.containers[created].cgroup is None, "not started: nothing but its writable folder"
     assert after.containers[created].writable is not None
-    old, new = before.containers[ident].cgroup, after.containers[ident].cgroup
-    assert old is not None and new is not None
-    assert 100_000_000 < new.cpu_usage_ns - old.cpu_usage_ns < 5_000_000_000
+    assert new.cpu_usage_ns - old.cpu_usage_ns < 100_000_000_000, "nanoseconds"
     assert 0 < new.working_set <= new.memory_usage <= 64 * MIB
     assert new.memory_limit == 64 * MIB
     assert new.pids >= 1
