@@ -104,7 +104,8 @@ class LayerDisks(Layers):
                 for layer in layers:
                     serial = serial_of(layer.name)
                     # What nobody uses may hang on the VM already or not: to attach it again does no harm.
-                    if serial in self._users or any(disk.serial == serial for disk in fresh):
+                    known = serial in self._users and serial in self._units
+                    if known or any(disk.serial == serial for disk in fresh):
                         continue
                     unit = self._units[serial] = self._unit(serial)
                     fresh.append(Disk(serial=serial, path=layer.path, readonly=True, target=0, unit=unit))
@@ -136,7 +137,7 @@ class LayerDisks(Layers):
         for serial in serials:
             try:
                 await self._hypervisor.detach_disk(self._domain, serial)
-                del self._units[serial]
+                self._units.pop(serial, None)
             except HyperpodError as exc:
                 log.warning("layer %s stays on %s: %s", serial, self._domain, exc)
         if serials:

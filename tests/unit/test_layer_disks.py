@@ -128,6 +128,22 @@ async def test_a_layer_that_its_agent_still_has_stays(vm: Vm, tmp_path: Path) ->
     assert vm.luns == {layer(1): 0, layer(2): 1}
 
 
+@pytest.mark.parametrize("next_one", [False, True])
+async def test_a_container_that_was_recorded_and_got_no_further(
+    vm: Vm, tmp_path: Path, next_one: bool
+) -> None:
+    """The daemon was killed before it wrote which layers it attaches."""
+    one = made(vm, tmp_path)
+    one.adopt(tuple(x.name for x in layers(1, 2)), "a")
+    if next_one:
+        await one.attach(layers(1), "b")
+        assert set(vm.luns) == {layer(1)}
+    await one.release("a", detach=True)
+    assert set(vm.luns) == ({layer(1)} if next_one else set())
+    await one.release("b", detach=True)
+    assert vm.luns == {}
+
+
 def test_a_damaged_file_is_an_error_of_this_pod(vm: Vm, tmp_path: Path) -> None:
     (tmp_path / "disks.json").write_text("{nonsense")
     with pytest.raises(HyperpodError, match=r"disks\.json is damaged"):
