@@ -81,9 +81,16 @@ class Recovery:
         try:
             async with asyncio.timeout(PER_OBJECT):
                 await self.sandboxes.recover(sandbox, running=alive, why_not=why)
-        except (HyperpodError, TimeoutError, OSError) as exc:
-            log.error("sandbox %s could not be recovered, stopping it: %s", sandbox.short, exc or "timeout")
-            sandbox.gone_detail = f"it could not be recovered: {exc or 'timeout'}"
+        except Exception as exc:  # whatever one pod's is, the others' daemon has to start
+            foreseen = isinstance(exc, (HyperpodError, TimeoutError, OSError))
+            reason = str(exc) or type(exc).__name__
+            log.error(
+                "sandbox %s could not be recovered, stopping it: %s",
+                sandbox.short,
+                reason,
+                exc_info=None if foreseen else exc,
+            )
+            sandbox.gone_detail = f"it could not be recovered: {reason}"
             sandbox.gone.set()
             # Not waited for: a plugin or a VM that does not end must not keep the CRI socket from listening.
             self.sandboxes.owner.spawn(f"stop/{sandbox.short}", self.sandboxes.stop(sandbox.id))

@@ -450,9 +450,8 @@ class SandboxManager:
             sandbox.gone_detail = why_not
             sandbox.gone.set()
             await self.stop(sandbox.id)
-        elif (
-            phase is SandboxPhase.STOPPED
-        ):  # a full disk may have kept the ends of its containers off the record
+        elif phase is SandboxPhase.STOPPED:
+            # A full disk may have kept the ends of its containers off the record.
             await self.listener.sandbox_stopped(sandbox, "")
 
     async def _reconnect(self, sandbox: LiveSandbox) -> None:

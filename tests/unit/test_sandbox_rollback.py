@@ -1,7 +1,8 @@
-"""What a start leaves that fails in a way nobody has foreseen."""
+"""What a start leaves, of a pod or of the daemon, that meets a fault nobody has foreseen."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from hyperpod.config import Config
 from hyperpod.model.sandbox import SandboxRecord, SandboxStatus
+from hyperpod.recovery import Recovery
 from hyperpod.sandbox.manager import SandboxManager
 from hyperpod.store.records import RecordStore
 from hyperpod.tasks import TaskOwner
@@ -45,4 +47,33 @@ async def test_a_fault_of_our_own_is_undone_like_any_failure(tmp_path: Path) -> 
     assert builder.undone == ["tear-down", "network"]
     assert len(manager.index) == 0
     assert [path for path in (tmp_path / "sandboxes").iterdir() if not path.name.startswith(".")] == []
+    await owner.close()
+
+
+class Manager:
+    """Whose one sandbox cannot be recovered."""
+
+    def __init__(self, owner: TaskOwner) -> None:
+        self.owner, self.boot_id = owner, "another"
+        self.stopped: list[str] = []
+
+    async def recover(self, sandbox: Any, *, running: bool, why_not: str) -> None:
+        raise KeyError("a fault")
+
+    async def stop(self, ident: str) -> None:
+        self.stopped.append(ident)
+
+
+async def test_a_fault_in_one_pods_recovery_stops_that_pod_alone() -> None:
+    """The daemon has the others to look after, and would meet it again at each of its starts."""
+    owner = TaskOwner("t")
+    manager = Manager(owner)
+    made = sandbox()
+    live = SimpleNamespace(
+        id=made.id, short=made.id[:12], record=made.record, gone_detail="", gone=asyncio.Event()
+    )
+    await Recovery(manager, None, None)._recover(live, set())  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    assert live.gone.is_set() and "a fault" in live.gone_detail
+    assert manager.stopped == [made.id]
     await owner.close()
