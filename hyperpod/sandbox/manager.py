@@ -369,14 +369,14 @@ class SandboxManager:
             await self.listener.sandbox_stopping(sandbox)
         await self._end_tasks(sandbox)
         laps("containers")
+        detail = sandbox.gone_detail  # the VM's end that is told from here on is our doing, and no reason
         unplugged: asyncio.Task[None] | None = None
-        if (
-            sandbox.record.kind is Kind.HOST
-        ):  # nothing of the plugins' is in use but by those who are being killed
+        if sandbox.record.kind is Kind.HOST:
+            # Nothing of the plugins' is in use but by those who are being killed.
             unplugged = self.owner.spawn(f"unplug/{sandbox.short}", self.networks.detach(sandbox.id))
         try:
             await self.builder(sandbox).tear_down(sandbox)
-            await self.listener.sandbox_stopped(sandbox, sandbox.gone_detail)
+            await self.listener.sandbox_stopped(sandbox, detail)
             laps("processes and folders")
         finally:
             if unplugged is not None:
@@ -388,7 +388,7 @@ class SandboxManager:
             SandboxPhase.STOPPED,
             network=None,
             stopped_at=now_ns(),
-            message=sandbox.gone_detail or sandbox.status.message,
+            message=detail or sandbox.status.message,
         )
         laps("record")
         failpoints.passing("sandbox.stopped")

@@ -226,6 +226,14 @@ async def test_a_dead_vm_tells_the_truth(cri_client: Cri) -> None:
     assert reply.status.state == cri.PodSandboxState.SANDBOX_NOTREADY
 
 
+async def test_a_pod_that_is_stopped_did_not_die(cri_client: Cri) -> None:
+    pod = await cri_client.run_pod()
+    never_started = await cri_client.create(pod, "/bin/true")
+    await cri_client.runtime.stop_pod_sandbox(cri.StopPodSandboxRequest(pod_sandbox_id=pod))
+    assert (await cri_client.status(never_started)).message == "the pod was stopped"
+    await cri_client.remove_pod(pod)
+
+
 async def test_images_in_use_can_be_removed_and_come_back(cri_client: Cri, pod: str) -> None:
     container = await cri_client.sh(pod, "sleep 600")
     await cri_client.images.remove_image(cri.RemoveImageRequest(image=cri.ImageSpec(image=BUSYBOX)))
