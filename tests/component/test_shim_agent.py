@@ -19,7 +19,7 @@ from hyperpod.shimclient.client import ShimClient
 from tests.agentkit import AgentKit
 from tests.shimkit import WAIT, SupervisorProcess, opened, payload, supervisor
 
-LINES = 1_000_000
+LINES = 2_000_000
 
 
 class AgentPod:

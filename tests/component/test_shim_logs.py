@@ -104,7 +104,7 @@ async def test_broken_connections_lose_and_repeat_nothing(one: Pod) -> None:
 
 async def test_rotation_under_load_loses_nothing(one: Pod) -> None:
     container = secrets.token_hex(32)
-    source, whole = numbered(20_000_000)
+    source, whole = numbered(60_000_000)
     one.peer.add(container, "stdout", source)
     one.peer.add(container, "stderr", of_bytes(b"some\n"))
     await one.log_start(container)
@@ -119,7 +119,7 @@ async def test_rotation_under_load_loses_nothing(one: Pod) -> None:
         rotated.append((old, old.stat().st_size))
         await asyncio.sleep(0.01)
     assert await finish(one, container) == (True, 0)
-    assert len(rotated) > 3
+    assert sum(size > 0 for _, size in rotated) > 1
     assert [old.stat().st_size for old, _ in rotated] == [size for _, size in rotated], (
         "written after the reply"
     )
