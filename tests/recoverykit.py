@@ -34,16 +34,23 @@ async def client_of(daemon: Daemon, handler: str = "") -> AsyncIterator[Cri]:
 
 
 @contextlib.asynccontextmanager
-async def leaving_nothing(daemon: Daemon, handler: str = "") -> AsyncIterator[Cri]:
-    """A client of a shared daemon; what it leaves of pods that it has removed is a failure."""
+async def watched(daemon: Daemon, handler: str = "") -> AsyncIterator[Cri]:
+    """A client with an image; nothing may be left when it has gone."""
     async with client_of(daemon, handler) as client:
         await client.load_busybox()
+        yield client
+    left = daemon.leftovers()
+    assert left == [], f"left behind: {left}"
+
+
+@contextlib.asynccontextmanager
+async def leaving_nothing(daemon: Daemon, handler: str = "") -> AsyncIterator[Cri]:
+    """A client of a shared daemon; what it leaves of pods that it has removed is a failure."""
+    async with watched(daemon, handler) as client:
         try:
             yield client
         finally:
             await _remove_all(client)
-    left = daemon.leftovers()
-    assert left == [], f"left behind: {left}"
 
 
 def reboot(daemon: Daemon, pod: str) -> None:

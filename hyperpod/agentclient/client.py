@@ -294,9 +294,8 @@ def _mapped(what: str) -> Iterator[None]:
     try:
         yield
     except GRPCError as exc:
-        if (
-            exc.status is Status.DEADLINE_EXCEEDED
-        ):  # the agent keeps our deadline too, and may be the first to tell
+        if exc.status is Status.DEADLINE_EXCEEDED:
+            # The agent keeps our deadline too, and may be the first to tell.
             raise DeadlineExceeded(f"the agent did not do {what} in time") from exc
         text = printable(exc.message or exc.status.name, TEXT_LIMIT)
         raise _ERRORS.get(exc.status, GuestError)(text) from exc

@@ -179,9 +179,8 @@ class SandboxManager:
             sandbox.settled = self.owner.spawn(f"settle/{sandbox.short}", self.store.settle(ident))
             built = await self.builder(sandbox).build(sandbox)
             await sandbox.on_disk()
-        except (
-            Exception
-        ) as exc:  # a fault of our own, too: each of a kubelet's retries would leave one more VM
+        except Exception as exc:
+            # A fault of our own, too: each of a kubelet's retries would leave one more VM.
             log.error("sandbox %s (%s) failed: %s", sandbox.short, config.metadata.key, exc)
             await self._roll_back(sandbox, str(exc))
             raise

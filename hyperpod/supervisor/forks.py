@@ -128,11 +128,8 @@ def main(argv: list[str]) -> int:
     children.preload()
     try:
         rehearsal.rehearse(Path(supervisor_socket).parent / "rehearsal")
-    except (
-        HyperpodError,
-        GRPCError,
-        OSError,
-    ) as exc:  # then each child has more to do for itself, that is all
+    except (HyperpodError, GRPCError, OSError) as exc:
+        # Then each child has more to do for itself, that is all.
         logging.getLogger(__name__).warning("the nursery's rehearsal failed: %s", exc)
     gc.collect()
     gc.freeze()
