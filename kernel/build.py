@@ -164,6 +164,7 @@ def build(folder: Path, jobs: int) -> None:
             "kernel": "vmlinux",
             "initrd": None,
             "cmdline": CMDLINE,
+            "patches_itself": read_config(folder / "config").get("JUMP_LABEL") == "y",
             "inputs": inputs(),
             "steps": steps,
         },

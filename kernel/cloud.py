@@ -213,6 +213,7 @@ def build(folder: Path, given: dict[str, object]) -> None:
             "kernel": kernel,
             "initrd": "initrd",
             "cmdline": CMDLINE,
+            "patches_itself": True,
             "inputs": given,
         },
     )

@@ -21,7 +21,7 @@ from grpclib.client import Channel
 
 from hyperpod.api.gen.hyperpod.admin.v1 import AdminStub, LoadRequest
 from hyperpod.api.gen.runtime import v1 as cri
-from tests import runs
+from tests import daemonlogs, runs
 from tests.netkit import Network, taps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -325,9 +325,11 @@ def daemon(
     runs.record("folder", str(base))
     base.chmod(0o711)
     one = Daemon(base, config, kernel, guest, log_level)
+    daemonlogs.follow(one.log)
     try:
         one.start(**env)
         yield one
     finally:
         one.destroy()
+        daemonlogs.ends(one.log)
         shutil.rmtree(base, ignore_errors=True)

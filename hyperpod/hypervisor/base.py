@@ -71,6 +71,9 @@ class Hypervisor(Protocol):
     async def destroy(self, name: str) -> None:
         """End it at once, also while it is being created; fine when there is none. Then its process is gone."""
 
+    async def last_words(self, name: str) -> str:
+        """The last lines that a domain's emulator wrote, escaped; empty when there are none."""
+
     async def list(self) -> list[DomainInfo]:
         """All domains of the connection, ours or not."""
 

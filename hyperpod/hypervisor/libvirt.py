@@ -174,9 +174,7 @@ class LibvirtHypervisor:
         except TimeoutError as exc:
             raise BootError("domain", f"libvirt took longer than {START_TIMEOUT:.0f} s to start it") from exc
         if failure is not None:
-            raise BootError(
-                "domain", str(failure), await asyncio.to_thread(self._log, spec.name)
-            ) from failure
+            raise BootError("domain", str(failure), await self.last_words(spec.name)) from failure
 
     async def _start(self, name: str, xml: str) -> HyperpodError | None:
         try:
@@ -186,8 +184,11 @@ class LibvirtHypervisor:
             return exc
         return None
 
+    async def last_words(self, name: str) -> str:
+        return await asyncio.to_thread(self._log, name)
+
     def _log(self, name: str) -> str:
-        """The last lines that QEMU wrote to its log."""
+        """The last lines of QEMU's log."""
         try:
             with (self._logs / f"{name}.log").open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 2048))

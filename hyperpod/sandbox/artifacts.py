@@ -45,6 +45,7 @@ def kernel(folder: Path) -> Artifact:
         path=_file(folder, data.get("kernel"), "kernel"),
         initrd=_file(folder, data["initrd"], "kernel") if data.get("initrd") else "",
         cmdline=str(data.get("cmdline", "")),
+        patches_itself=data.get("patches_itself") is not False,
     )
 
 

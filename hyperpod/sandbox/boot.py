@@ -190,6 +190,10 @@ class VmBuilder(SandboxBuilder):
             userns=sandbox.record.config.namespaces.userns,
         )
 
+    async def last_words(self, sandbox: LiveSandbox) -> str:
+        said = (await self.hypervisor.last_words(sandbox.record.domain), await self.console(sandbox))
+        return "\n".join(filter(None, said))
+
     async def console(self, sandbox: LiveSandbox) -> str:
         """The last lines of the guest's console, escaped; empty when there is no shim to ask."""
         if sandbox.shim is None:
@@ -200,7 +204,7 @@ class VmBuilder(SandboxBuilder):
             return ""
 
     async def tear_down(self, sandbox: LiveSandbox) -> None:
-        await sandbox.session.end()
+        await sandbox.session.end(sandbox.gone_detail)
         try:
             async with asyncio.timeout(DESTROY_TIMEOUT):
                 await self.hypervisor.destroy(sandbox.record.domain)

@@ -83,6 +83,10 @@ class SandboxBuilder(ABC):
     async def death(self, sandbox: LiveSandbox) -> str:
         """Waits for the end of a process without which the sandbox is of no use; says which and why."""
 
+    async def last_words(self, sandbox: LiveSandbox) -> str:
+        """The last lines of what has ended, escaped; empty when there are none."""
+        return ""
+
     @abstractmethod
     async def mount(self, sandbox: LiveSandbox, binds: Sequence[HostBind]) -> list[str]:
         """Put a container's mounts where its agent finds them. The caller calls `unmount` whatever comes.

@@ -205,7 +205,7 @@ class HostBuilder(SandboxBuilder):
         """Nothing: its containers have their own, agent and shim keep the service's."""
 
     async def tear_down(self, sandbox: LiveSandbox) -> None:
-        await sandbox.session.end()
+        await sandbox.session.end(sandbox.gone_detail)
         pid = self.agent_pid(sandbox)
         # Both at once, and waited for: then their cgroup goes at the first attempt.
         _, ended = await settle_all(self.end_shim(sandbox), _kill(pid))

@@ -212,9 +212,10 @@ class SandboxManager:
         ident, settings = secrets.token_hex(32), self.config.vm
         own: dict[str, Any]
         if kind is Kind.VM:
+            kernel = artifacts.kernel(settings.kernel)
             own = {
-                "size": self._size(config),
-                "kernel": artifacts.kernel(settings.kernel),
+                "size": self._size(config, kernel),
+                "kernel": kernel,
                 "guest": artifacts.guest(settings.guest),
                 "domain": f"hp-{ident[:12]}",
                 "domain_uuid": str(uuid.UUID(hex=ident[:32], version=4)),
@@ -266,8 +267,9 @@ class SandboxManager:
             if other.status.phase not in over
         ]
 
-    def _size(self, config: SandboxConfig) -> VmSize:
+    def _size(self, config: SandboxConfig, kernel: Artifact) -> VmSize:
         vm, parent = self.config.vm, config.cgroup_parent
+        emulated = self.vms.hypervisor.facts().accelerator == "tcg"
         return vm_size(
             config.resources,
             config.overhead,
@@ -279,6 +281,7 @@ class SandboxManager:
             max_memory_mib=vm.max_memory_mib,
             host_memory_mib=artifacts.host_size().memory_mib,
             host_cpus=artifacts.host_size().vcpus,
+            only_cpu="emulated, and its kernel patches itself" if emulated and kernel.patches_itself else "",
             # Where the kubelet sets a limit, it knows one of every container.
             bounded=not (parent and self.cgroups.is_unlimited(parent_folder(parent))),
         )
@@ -330,8 +333,13 @@ class SandboxManager:
         if await self.cgroups.oom_kills(self.builder(sandbox).cgroup(sandbox)):
             sandbox.host_oom = True
             sandbox.gone_detail += "; the host killed it for want of memory: its pod's cgroup is too small"
+        words = await self.builder(sandbox).last_words(sandbox)
         log.warning(
-            "sandbox %s: its %s is gone: %s", sandbox.short, sandbox.record.kind.words, sandbox.gone_detail
+            "sandbox %s: its %s is gone: %s%s",
+            sandbox.short,
+            sandbox.record.kind.words,
+            sandbox.gone_detail,
+            f"; last lines:\n{words}" if words else "",
         )
         self.owner.spawn(f"stop-dead/{sandbox.short}", self.stop(sandbox.id))
 

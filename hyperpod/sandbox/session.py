@@ -50,7 +50,7 @@ class AgentSession:
         self._client: AgentClient | None = None
         self._ready = asyncio.Event()
         self._broken = asyncio.Event()
-        self._ended = False
+        self._ended, self._why = False, ""
         self._seq = 0
 
     async def connect(self, deadline: float, *, claim: bool) -> AgentClient:
@@ -85,7 +85,8 @@ class AgentSession:
         except TimeoutError as exc:
             raise Unavailable(f"sandbox {self.sandbox_id[:12]}: its agent does not answer") from exc
         if self._ended:
-            raise Unavailable(f"sandbox {self.sandbox_id[:12]} has ended, and its agent with it")
+            why = f": {self._why}" if self._why else ""
+            raise Unavailable(f"sandbox {self.sandbox_id[:12]} has ended, and its agent with it{why}")
         assert self._client is not None
         return self._client
 
@@ -145,10 +146,10 @@ class AgentSession:
         self._ready.clear()
         self._broken.set()
 
-    async def end(self) -> None:
-        """The agent is not to come back: who waits for it is told at once, as is who asks later."""
+    async def end(self, why: str) -> None:
+        """The agent is not to come back: who waits for it is told at once, as is who asks later, and `why`."""
         await self.close()
-        self._ended = True
+        self._ended, self._why = True, why
         self._ready.set()
 
     async def close(self) -> None:

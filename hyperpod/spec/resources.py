@@ -31,10 +31,12 @@ def vm_size(
     max_memory_mib: int,
     host_memory_mib: int,
     host_cpus: int,
+    only_cpu: str = "",
     bounded: bool = True,
 ) -> VmSize:
     """Decide a VM's size. Raises InvalidArgument when its RAM would exceed the host's.
 
+    `only_cpu`: why it cannot have more than one vCPU, whatever the host has; empty when it can.
     `bounded`: every container of the pod has a memory limit, as far as is known. A kubelet's sum leaves out those
     that have none, for which there has to be room, too."""
     wanted = -(-resources.memory_limit // MIB) if resources.memory_limit > 0 else default_mib
@@ -49,7 +51,7 @@ def vm_size(
     vcpus = default_vcpus
     if resources.cpu_quota > 0:
         vcpus = -(-resources.cpu_quota // (resources.cpu_period or DEFAULT_PERIOD))
-    limit = min(max_vcpus, max(host_cpus, 1))
+    limit = 1 if only_cpu else min(max_vcpus, max(host_cpus, 1))
     clamped = min(max(vcpus, 1), limit)
     reason = f"{base_mib} base + max({wanted}, {floor_mib})"
     # The pod's cgroup on the host has room for limit and overhead; the base comes out of the latter.
@@ -60,6 +62,7 @@ def vm_size(
         )
     if clamped != vcpus:
         reason += f"; {vcpus} vCPUs asked for, {limit} is the most here"
+        reason += f" ({only_cpu})" if only_cpu else ""
     return VmSize(
         memory_mib=memory,
         vcpus=clamped,

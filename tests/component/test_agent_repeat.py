@@ -163,11 +163,11 @@ async def test_who_waits_for_an_agent_that_has_ended_is_told(
     waiting = asyncio.ensure_future(session.repeatable(lambda client: client.list_containers()))
     await asyncio.sleep(0.2)
     assert not waiting.done()
-    await session.end()
+    await session.end("it was stopped")
     async with asyncio.timeout(5):
         with pytest.raises(Unavailable, match="has ended"):
             await waiting
-        with pytest.raises(Unavailable, match="has ended"):
+        with pytest.raises(Unavailable, match="has ended, and its agent with it: it was stopped"):
             await session.client()
 
 

@@ -56,6 +56,10 @@ def test_vcpus(quota: int, period: int, cpus: int) -> None:
 
 def test_clamp_is_told() -> None:
     assert "is the most here" in size(LinuxResources(cpu_quota=900_000)).reason
+    got = size(LinuxResources(cpu_quota=200_000), only_cpu="emulated")
+    assert (got.vcpus, got.max_vcpus) == (1, 1)
+    assert got.reason.endswith("2 vCPUs asked for, 1 is the most here (emulated)")
+    assert "emulated" not in size(LinuxResources(cpu_quota=100_000), only_cpu="emulated").reason
 
 
 def test_more_than_the_host() -> None:

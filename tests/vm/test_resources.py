@@ -188,6 +188,24 @@ async def test_a_quota_holds(cri_client: Cri, pod: str) -> None:
     assert int(throttled.split()[1]) > 0
 
 
+async def test_several_emulated_cpus_bear_what_the_kernel_switches(cri_client: Cri) -> None:
+    """The first quota of a guest and the end of its last one switch code of its scheduler, which the other CPU runs
+    all the time. A kernel that patches itself for that is dead after some two hundred of these."""
+    two = cri.LinuxContainerResources(cpu_quota=200_000, cpu_period=100_000)
+    mighty = cri.LinuxSandboxSecurityContext(privileged=True)
+    pod = await cri_client.run_pod(cri_client.pod_config(resources=two, security_context=mighty))
+    await cri_client.sh(pod, "yes | while read -r line; do :; done")
+    switches = await cri_client.sh(
+        pod,
+        f"cd {CGROUP} && mkdir own limited && echo 0 >own/cgroup.procs && echo +cpu >cgroup.subtree_control && "
+        "n=0; while [ $((n += 1)) -le 500 ]; do echo 90000 >limited/cpu.max; echo max >limited/cpu.max; done",
+        linux=cri.LinuxContainerConfig(security_context=cri.LinuxContainerSecurityContext(privileged=True)),
+    )
+    status = await cri_client.wait(switches)
+    assert (status.exit_code, status.reason) == (0, "Completed"), await cri_client.log(switches)
+    await cri_client.remove_pod(pod)
+
+
 async def test_a_bigger_pod_needs_another_vm(cri_client: Cri, pod: str) -> None:
     async def update(mib: int) -> None:
         resources = cri.LinuxContainerResources(memory_limit_in_bytes=mib * MIB)
