@@ -19,7 +19,8 @@ MS_BIND, MS_REC, MS_PRIVATE, MS_SLAVE = 1 << 12, 1 << 14, 1 << 18, 1 << 19
 MNT_DETACH = 2
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
-PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
+PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER = 4, 22, 36
+SECCOMP_MODE_STRICT = 1
 
 SYS_OPENAT2 = 437
 """The same on every architecture."""
@@ -82,6 +83,27 @@ def enter_network(path: str) -> None:
 def hide() -> None:
     """Nobody but the host's or the guest's root may look at this process's files and memory."""
     _check(_libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
+
+
+def leave_files() -> None:
+    """A mount namespace of this process's own with an empty root, and nothing above or below it."""
+    unshare(CLONE_NEWNS)
+    mount("none", "/", "", MS_REC | MS_PRIVATE)
+    flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
+    mount("tmpfs", "/proc", "tmpfs", flags, "size=4k,mode=555")  # any folder will do
+    os.chdir("/proc")
+    _check(_libc.pivot_root(b".", b"."), "pivot_root")
+    umount(".", MNT_DETACH)
+    os.chdir("/")
+
+
+def sleep_for_ever(pipe: int) -> None:
+    """By reading from a pipe that nobody writes to, in seccomp's strict mode: whoever gets hold of this process can
+    have it read, write and end, and the kernel kills it for anything else. Returns only by raising."""
+    prctl, read, nothing = _libc.prctl, _libc.read, ctypes.create_string_buffer(1)
+    _check(prctl(PR_SET_SECCOMP, SECCOMP_MODE_STRICT, 0, 0, 0), "prctl")
+    while True:
+        read(pipe, nothing, 1)
 
 
 def open_in_root(root: int, path: str, flags: int) -> int:

@@ -38,14 +38,17 @@ def give(layout: Layout, user: PodUser) -> None:
 
 
 def add_mounts(layout: Layout, spec: dict[str, Any]) -> None:
-    """Bind them into a container, read-only when its root is; what the request mounts at a place wins."""
+    """Bind them into a container, read-only when its root is; what the request mounts at a place wins.
+
+    Below a mount that propagates they would cover the host's own, and stay there: that mount has the host's."""
     taken = {os.path.normpath(mount["destination"]) for mount in spec["mounts"]}
+    shared = [f"{mount['destination']}/" for mount in spec["mounts"] if "rshared" in mount.get("options", ())]
     access = "ro" if spec["root"].get("readonly") else "rw"
     for name in NAMES:
         source, target = f"{layout.pod_files}/{name}", f"/etc/{name}"
         with contextlib.suppress(FileNotFoundError):
             os.stat(source)
-            if target not in taken:
+            if target not in taken and not target.startswith(tuple(shared)):
                 options = ["bind", "rprivate", access, "nosuid", "nodev", "noexec"]
                 spec["mounts"].append(
                     {"destination": target, "type": "bind", "source": source, "options": options}

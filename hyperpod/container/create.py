@@ -78,20 +78,23 @@ class Creator:
         record = self._record(ident, sandbox, config, image)
         resources = limits.fit("config.linux.resources", config.resources, placement.room(sandbox.record))
         placement.check(sandbox.record, config)
-        self._check_security(sandbox, config)
+        target = self._check_security(sandbox, config)
         seccomp = await self._seccomp.of(config, sandbox.record.kernel.version)
         placed = placement.placed(sandbox, process.spec_input(record, seccomp), record)
         spec = build_spec(replace(placed, resources=resources))
         container = LiveContainer(record, ContainerStatus(resources=resources))
         laps("specification")
         async with container.lock:
-            await self._prepare(container, sandbox, spec, laps)
+            await self._prepare(container, sandbox, spec, target, laps)
         return ident
 
-    async def _prepare(self, container: LiveContainer, sandbox: LiveSandbox, spec: bytes, laps: Laps) -> None:
-        """Leases, record, disks, bundle in the guest, log; undone when one fails."""
+    async def _prepare(
+        self, container: LiveContainer, sandbox: LiveSandbox, spec: bytes, target: str, laps: Laps
+    ) -> None:
+        """Leases, record, disks, bundle in the guest, log; undone when one fails. `target`: id of the container
+        whose processes it sees."""
         ident, record, config = container.id, container.record, container.record.config
-        security = process.security(config, record.image_config)
+        security = replace(process.security(config, record.image_config), pid_target=target)
         binds = mounts.host_binds(config.mounts, ident)
         log: int | None = None
         try:
@@ -147,14 +150,16 @@ class Creator:
             if log is not None:
                 os.close(log)
 
-    def _check_security(self, sandbox: LiveSandbox, config: ContainerConfig) -> None:
-        """What only pod and container together can tell. Raises InvalidArgument, NotFound, FailedPrecondition."""
+    def _check_security(self, sandbox: LiveSandbox, config: ContainerConfig) -> str:
+        """What only pod and container together can tell; gives the id of the container named by TARGET, else "".
+
+        Raises InvalidArgument, NotFound, FailedPrecondition."""
         if config.privileged and not sandbox.record.config.privileged:
             raise InvalidArgument(
                 "a privileged container needs a pod whose security context is privileged too"
             )
         if config.namespaces.pid is not NamespaceMode.TARGET:
-            return
+            return ""
         if not config.namespaces.target_id:
             raise InvalidArgument("namespace_options.pid is TARGET and target_id is empty")
         target = self._known.index.get(config.namespaces.target_id)
@@ -162,6 +167,7 @@ class Creator:
             raise InvalidArgument(f"target container {target.short} is in another pod")
         if target.state is not ContainerState.RUNNING:
             raise FailedPrecondition(f"target container {target.short} is {target.state.value}, not running")
+        return target.id
 
     def _record(
         self, ident: str, sandbox: LiveSandbox, config: ContainerConfig, image: Image

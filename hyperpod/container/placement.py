@@ -41,9 +41,23 @@ def check(sandbox: SandboxRecord, config: ContainerConfig) -> None:
 
 
 def placed(sandbox: LiveSandbox, spec: ContainerSpecInput, record: ContainerRecord) -> ContainerSpecInput:
-    """On the host mounts are bound from where its agent has them, and may propagate."""
+    """On the host mounts are bound from where its agent has them, and may propagate.
+
+    Raises InvalidArgument for what would be covered on the host, too."""
     if sandbox.record.kind is Kind.VM:
         return spec
+    covered = () if spec.privileged else (*spec.masked_paths, *spec.readonly_paths)
+    if (found := mounts.covering(record.config.mounts, covered)) is not None:
+        raise InvalidArgument(
+            f"config.mounts[{found[0]}].propagation is PROPAGATION_BIDIRECTIONAL: {found[1][:200]} there is to be "
+            "masked or read-only, which the host would see as well, for good: make the container privileged, or "
+            "leave the path out of masked_paths and readonly_paths"
+        )
+    if spec.tty and (found := mounts.covering(record.config.mounts, ["/dev/console"])) is not None:
+        raise InvalidArgument(
+            f"config.mounts[{found[0]}].propagation is PROPAGATION_BIDIRECTIONAL: the terminal (config.tty) would "
+            "take the place of the host's /dev/console, for good: mount the folder elsewhere"
+        )
     built = mounts.oci_mounts(record.config.mounts, record.id, str(sandbox.agent_share))
     return replace(spec, mounts=tuple(built), root_propagation=mounts.root_propagation(record.config.mounts))
 

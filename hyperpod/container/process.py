@@ -50,12 +50,10 @@ def user(config: ContainerConfig, image: ImageConfig) -> str:
 
 
 def security(config: ContainerConfig, image: ImageConfig) -> Security:
-    """What is left to the agent. Raises InvalidArgument."""
-    target = config.namespaces.target_id if config.namespaces.pid is NamespaceMode.TARGET else ""
+    """What is left to the agent, but for the container that it targets. Raises InvalidArgument."""
     return Security(
         user=user(config, image),
         strict_groups=config.strict_groups,
-        pid_target=target,
         devices=tuple(Device(x.host_path, x.container_path, x.permissions) for x in config.devices),
         all_devices=config.privileged,
     )

@@ -144,6 +144,17 @@ def root_propagation(mounts: Sequence[Mount]) -> str:
     return "rslave" if Propagation.HOST_TO_CONTAINER in found else ""
 
 
+def covering(mounts: Sequence[Mount], paths: Sequence[str]) -> tuple[int, str] | None:
+    """Number of a BIDIRECTIONAL mount, and one of `paths` at or below its destination, if there are such."""
+    for number, mount in enumerate(mounts):
+        if mount.propagation is Propagation.BIDIRECTIONAL:
+            place = clean(mount.container_path)
+            for path in paths:
+                if clean(path) == place or clean(path).startswith(f"{place}/"):
+                    return number, path
+    return None
+
+
 def merged(defaults: Sequence[dict[str, Any]], wanted: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Defaults without those that a wanted mount replaces, then the wanted ones.
 

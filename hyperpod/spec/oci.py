@@ -100,7 +100,10 @@ def build_spec(spec: ContainerSpecInput) -> bytes:
     writable: list[str] = []
     if spec.readonly_rootfs:
         taken = {mount["destination"] for mount in spec.mounts}
-        writable = imagevolumes.declared(spec.declared_volumes, taken)
+        # What propagates shows the host's folders; a bind on one of them would stay there.
+        shared = tuple(f"{m['destination']}/" for m in spec.mounts if "rshared" in m.get("options", ()))
+        found = imagevolumes.declared(spec.declared_volumes, taken)
+        writable = [path for path in found if not path.startswith(shared)]
     volumes = [imagevolumes.declared_mount(path) for path in writable]
     document: dict[str, Any] = {
         "ociVersion": "1.0.2",

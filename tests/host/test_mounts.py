@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from grpclib.const import Status
@@ -89,6 +90,38 @@ async def test_mounts_of_the_host_reach_a_container(
     done = await cri_client.exec(container, "mount", "-t", "tmpfs", "inside", "/v/inner")
     assert done.exit_code == 0, done.stderr
     assert not mounted(shared / "inner")
+
+
+@pytest.mark.parametrize("privileged", [True, False])
+async def test_the_runtimes_own_mounts_stay_in_the_container(
+    cri_client: Cri, shared: Path, privileged: bool
+) -> None:
+    """Below a mount that propagates they would be the host's as well, and stay."""
+    pod = await privileged_pod(cri_client)
+    at = {"host_path": str(shared), "propagation": SHARED}
+    linux = PRIVILEGED if privileged else None
+    etc = [cri.Mount(container_path="/etc", **at)]  # type: ignore[arg-type]
+    container = await cri_client.sh(pod, "cat /etc/hosts; echo end; sleep 600", mounts=etc, linux=linux)
+    assert (await until_logged(cri_client, container))[-1] == "end"
+    assert [line for line in Path("/proc/mounts").read_text().splitlines() if f"{shared}/" in line] == []
+    assert list(shared.iterdir()) == [], "nor are there mount points"
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "words"),
+    [
+        ("/proc", {}, "/proc/acpi there is to be masked or read-only"),
+        ("/dev", {"tty": True, "linux": PRIVILEGED}, r"the terminal \(config.tty\) would take the place"),
+    ],
+)
+async def test_what_would_cover_the_hosts_files_is_refused(
+    cri_client: Cri, path: str, more: dict[str, Any], words: str
+) -> None:
+    pod = await privileged_pod(cri_client)
+    source = [cri.Mount(container_path=path, host_path=path, propagation=SHARED)]
+    with pytest.raises(GRPCError, match=words) as info:
+        await cri_client.create(pod, "true", mounts=source, **more)
+    assert info.value.status is Status.INVALID_ARGUMENT
 
 
 async def test_a_private_source_cannot_propagate(cri_client: Cri, pod: str, tmp_path: Path) -> None:

@@ -241,6 +241,14 @@ async def test_container_and_target(cri_client: Cri) -> None:
     assert (await cri_client.exec(target, "cat", "/proc/1/cmdline")).stdout.startswith(b"sleep\x00601")
     debugger = await cri_client.sh(pod, "sleep 602", linux=context(pid=TARGET, target_id=target))
     assert b"sleep 601" in (await cri_client.exec(debugger, "ps")).stdout
+    by_prefix = context(pid=TARGET, target_id=target[:12])
+    assert (
+        b"sleep 601"
+        in (await cri_client.exec(await cri_client.sh(pod, "sleep 603", linux=by_prefix), "ps")).stdout
+    )
+    # The kubelet leaves it out where it does not count, but a client may leave it in.
+    own = await cri_client.sh(pod, "sleep 604", linux=context(pid=CONTAINER, target_id=target))
+    assert b"sleep 601" not in (await cri_client.exec(own, "ps")).stdout
     with pytest.raises(GRPCError, match="was made with CONTAINER"):
         await cri_client.create(pod, "true", linux=context(pid=POD))
 

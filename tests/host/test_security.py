@@ -135,6 +135,20 @@ async def test_what_a_container_has_by_default(cri_client: Cri, pod: str) -> Non
     assert found[-5:] == ["no", "no", "no", "0", "no"]
 
 
+async def test_nothing_leads_through_the_holder_of_shared_processes(cri_client: Cri, pod: str) -> None:
+    """Every container may look at it, and one with CAP_SYS_PTRACE go where it is and run code in it."""
+    able = security(capabilities=cri.Capability(add_capabilities=["SYS_PTRACE"]))
+    script = (
+        "cat /proc/1/comm; ls -A /proc/1/root/ /proc/1/root/.. /proc/1/cwd/ | grep -v :; wc -l </proc/1/mountinfo;"
+        "grep -E '^(Uid|CapPrm|Seccomp):' /proc/1/status; ls -l /proc/1/fd | grep -c -v -e pipe: -e total"
+    )
+    found = [line for line in await lines(cri_client, pod, script, linux=able) if line]
+    assert found == [
+        *("pause", "1", "\t".join(["Uid:", *["65535"] * 4]), f"CapPrm:\t{0:016x}"),
+        *("Seccomp:\t1", "0"),  # strict: it can read, write and end
+    ]
+
+
 async def test_privileged_is_privileged_on_the_host(cri_client: Cri, pod: str) -> None:
     with pytest.raises(GRPCError) as info:
         await cri_client.create(pod, "true", linux=security(privileged=True))

@@ -106,11 +106,6 @@ def test_pid_namespaces() -> None:
         for mode in (NamespaceMode.POD, NamespaceMode.CONTAINER, NamespaceMode.TARGET)
     }
     assert list(made.values()) == [False, True, False]
-    target = NamespaceOptions(pid=NamespaceMode.TARGET, target_id="t")
-    assert process.security(config(namespaces=target), ImageConfig()).pid_target == "t"
-    # The kubelet leaves it out, but a client may leave it in.
-    other = NamespaceOptions(pid=NamespaceMode.POD, target_id="t")
-    assert process.security(config(namespaces=other), ImageConfig()).pid_target == ""
 
 
 def test_log_paths() -> None:

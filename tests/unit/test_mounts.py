@@ -13,7 +13,16 @@ from hyperpod.cri import convert, replies
 from hyperpod.errors import InvalidArgument
 from hyperpod.model.mounts import Mount, Propagation
 from hyperpod.spec import mountinfo
-from hyperpod.spec.mounts import MAX_MOUNTS, check, clean, explained, host_binds, merged, oci_mounts
+from hyperpod.spec.mounts import (
+    MAX_MOUNTS,
+    check,
+    clean,
+    covering,
+    explained,
+    host_binds,
+    merged,
+    oci_mounts,
+)
 from hyperpod.spec.share import place
 
 ID = "0123456789abcdef" * 4
@@ -154,3 +163,20 @@ def test_mountinfo() -> None:
 @given(st.binary(max_size=300))
 def test_no_line_breaks_the_parser(line: bytes) -> None:
     mountinfo.parse(b"5 1 0:1 " + line)
+
+
+@pytest.mark.parametrize(
+    ("where", "path", "covers"),
+    [
+        ("/proc", "/proc/acpi", True),
+        ("//proc/", "/proc", True),
+        ("/proc", "/proc/../proc/x", True),
+        ("/proc", "/processes", False),
+        ("/proc/sys", "/proc", False),
+    ],
+)
+def test_what_lies_at_or_below_a_propagating_mount(where: str, path: str, covers: bool) -> None:
+    private = Mount(container_path=where, host_path="/h")
+    shared = Mount(container_path=where, host_path="/h", propagation=Propagation.BIDIRECTIONAL)
+    assert covering([private, shared], ["/other", path]) == ((1, path) if covers else None)
+    assert covering([private], [path]) is None
