@@ -175,6 +175,7 @@ class Daemon:
             self.state / "sandboxes",
             self.state / "containers",
             self.run_dir / "netns",
+            self.run_dir / "plugins",
         ):
             if folder.is_dir():
                 left += [

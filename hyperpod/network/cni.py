@@ -10,13 +10,14 @@ import json
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from hyperpod.errors import NetworkError
 from hyperpod.logs import printable
 from hyperpod.model.network import Attachment, CniResult
 from hyperpod.network.confdir import ConfDir
-from hyperpod.network.process import Finished, run
+from hyperpod.network.process import Finished, outlived, run
 from hyperpod.spec.cni import (
     Conflist,
     Plugin,
@@ -35,10 +36,10 @@ _OURS = ("CNI_", "HYPERPOD_", "NOTIFY_")
 
 
 class Cni:
-    """`timeout`: seconds for one plugin."""
+    """`timeout`: seconds for one plugin. `notes`: a volatile folder, for what a DEL's successor has to know."""
 
-    def __init__(self, conf: ConfDir, timeout: float) -> None:
-        self.conf, self.timeout = conf, timeout
+    def __init__(self, conf: ConfDir, timeout: float, notes: Path) -> None:
+        self.conf, self.timeout, self.notes = conf, timeout, notes
 
     async def status(self) -> Conflist:
         """The network that a new pod would join, ready to be joined. Raises NetworkError with the reason."""
@@ -77,7 +78,13 @@ class Cni:
         """Leave; every plugin in reverse order, also when ADD was cut short. `netns` is empty when it is gone.
 
         The first failure ends it, for a later plugin may need what is still there. Raises NetworkError.
+
+        A plugin that is at it goes on when we end, and the next DEL waits for it: of half a DEL the other half is not
+        always found again (bridge knows the rules of ipMasq by the addresses of the interface that it removes first).
         """
+        self.notes.mkdir(parents=True, exist_ok=True, mode=0o700)
+        note = self.notes / attachment.container_id[:12]
+        await outlived(note, self.timeout)
         network = _network(attachment)
         variables = _variables(attachment) | {"CNI_NETNS": netns}
         # 0.3.x has no prevResult for DEL (section 2 of its specification)
@@ -85,7 +92,7 @@ class Cni:
         previous = json.loads(attachment.result) if keep else None
         runtime = json.loads(attachment.runtime)
         for plugin in reversed(network.plugins):
-            await self._call("DEL", network, plugin, variables, previous=previous, runtime=runtime)
+            await self._call("DEL", network, plugin, variables, previous=previous, runtime=runtime, note=note)
 
     async def check(self, attachment: Attachment) -> None:
         """Whether the network is as ADD left it. Raises NetworkError that says what is not."""
@@ -108,15 +115,19 @@ class Cni:
         previous: Mapping[str, Any] | None = None,
         runtime: Mapping[str, Any] | None = None,
         timeout: float | None = None,
+        note: Path | None = None,
     ) -> Finished:
         what = _name(command, network, plugin)
+        program = self.conf.program(plugin.type, network.source)
         done = await run(
-            # A daemon that is killed takes its plugin along: the next one's DEL must not meet a running ADD.
-            ["setpriv", "--pdeathsig", "KILL", self.conf.program(plugin.type, network.source)],
+            # A daemon that is killed takes its plugin along: the next one's DEL must not meet a running ADD, and
+            # undoes the half of one.
+            [program] if note else ["setpriv", "--pdeathsig", "KILL", program],
             what=what,
             stdin=plugin_input(network, plugin, previous, runtime or {}),
             env=self._environment() | {"CNI_COMMAND": command, **variables},
             timeout=timeout or self.timeout,
+            note=note,
         )
         if done.stderr:
             log.debug("%s: %s", what, printable(done.stderr, 1000))

@@ -14,7 +14,9 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+from hyperpod import processes
 from hyperpod.errors import NetworkError
 
 MAX_STDOUT = 1 << 20
@@ -24,6 +26,12 @@ DRAIN = 0.5
 
 REAP = 5.0
 """Seconds for a killed program to be gone."""
+
+NOTED = 'at() { echo "$1 ${22}"; }; read -r stat </proc/$$/stat; at $stat >"$0"; exec "$@"'
+"""For sh: writes what processes.remember does before it becomes the program. We could be killed before we did."""
+
+_left: list[subprocess.Popen[bytes]] = []
+"""Programs whose caller was cancelled, to be reaped."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +44,22 @@ class Finished:
 
 
 async def run(
-    argv: Sequence[str], *, what: str, stdin: bytes, env: Mapping[str, str], timeout: float
+    argv: Sequence[str],
+    *,
+    what: str,
+    stdin: bytes,
+    env: Mapping[str, str],
+    timeout: float,
+    note: Path | None = None,
 ) -> Finished:
-    """Run to the end. Raises NetworkError that names `what`: missing, too slow, or too much output."""
+    """Run to the end. Raises NetworkError that names `what`: missing, too slow, or too much output.
+
+    With a `note` the program goes on when its caller is cancelled or dies; that file tells `outlived` of it."""
     loop = asyncio.get_running_loop()
+    _left[:] = [process for process in _left if process.poll() is None]
     async with _output() as (out_end, out_reader), _output() as (err_end, err_reader):
-        process = _start(argv, what, stdin, env, out=out_end, err=err_end)
+        command = argv if note is None else ["/bin/sh", "-c", NOTED, str(note), *argv]
+        process = _start(command, what, stdin, env, out=out_end, err=err_end)
         out, err = bytearray(), bytearray()
         reading = loop.create_task(_collect(out_reader, out), name=f"{what}/stdout")
         tailing = loop.create_task(_tail(err_reader, err), name=f"{what}/stderr")
@@ -55,11 +73,18 @@ async def run(
                             await asyncio.wait([reading, tailing], timeout=DRAIN)
                 except TimeoutError as exc:
                     raise NetworkError(f"{what} did not end within {timeout:g} s; it was killed") from exc
+                except asyncio.CancelledError:
+                    if note is not None:
+                        _left.append(process)
+                    raise
                 finally:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)
-                    await asyncio.wait([ended], timeout=REAP)
-                    process.poll()
+                    if process not in _left:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.killpg(process.pid, signal.SIGKILL)
+                        await asyncio.wait([ended], timeout=REAP)
+                        process.poll()
+                        if note is not None:
+                            note.unlink(missing_ok=True)
         finally:
             reading.cancel()
             tailing.cancel()
@@ -67,6 +92,18 @@ async def run(
     if len(out) > MAX_STDOUT:
         raise NetworkError(f"{what} printed more than {MAX_STDOUT} bytes; it was killed")
     return Finished(process.returncode, bytes(out), bytes(err))
+
+
+async def outlived(note: Path, timeout: float) -> None:
+    """Wait for the end of what a `run` with this note has left, of this process or one before; it is killed after
+    `timeout` seconds."""
+    if pid := processes.recall(note):
+        with contextlib.suppress(ProcessLookupError), _end_of(pid) as ended:
+            await asyncio.wait([ended], timeout=timeout)
+            if not ended.done() and processes.recall(note) == pid:
+                os.killpg(pid, signal.SIGKILL)
+                await asyncio.wait([ended], timeout=REAP)
+    note.unlink(missing_ok=True)
 
 
 def _start(

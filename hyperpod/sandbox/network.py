@@ -41,7 +41,8 @@ class PodNetworks:
     """`folder` gives the record folder of a sandbox's id. Every coroutine raises hyperpod errors only."""
 
     def __init__(self, config: NetworkConfig, run_dir: Path, folder: Callable[[str], Path]) -> None:
-        self.cni = Cni(ConfDir(config.conf_dir, config.bin_dirs), config.plugin_timeout)
+        conf = ConfDir(config.conf_dir, config.bin_dirs)
+        self.cni = Cni(conf, config.plugin_timeout, run_dir / "plugins")
         self.namespaces = Namespaces(run_dir)
         self._config, self._folder = config, folder
         self._checks = asyncio.Semaphore(CHECKS_AT_ONCE)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from hyperpod import processes
 from hyperpod.config import NetworkConfig
 from hyperpod.errors import NetworkError
 from hyperpod.model.network import Attachment
@@ -51,7 +52,7 @@ async def namespaces(tmp_path: Path) -> AsyncIterator[Namespaces]:
 
 
 def caller(network: Network, *bin_dirs: Path, timeout: float = 20.0) -> Cni:
-    return Cni(ConfDir(network.conf_dir, bin_dirs or (PLUGINS,)), timeout)
+    return Cni(ConfDir(network.conf_dir, bin_dirs or (PLUGINS,)), timeout, network.conf_dir.parent / "notes")
 
 
 def attachment(network: Network, netns: Path, **more: str) -> Attachment:
@@ -276,22 +277,71 @@ async def test_a_result_as_large_as_one_may_be_is_given_back(network: Network, t
     assert json.loads((tmp_path / "del").read_bytes())["prevResult"] == json.loads(done.result)
 
 
-async def test_a_plugin_ends_with_the_daemon_that_called_it(network: Network, tmp_path: Path) -> None:
-    seconds = f"30.{os.getpid()}"
-    plugin(tmp_path / "bin", "slow", f"touch {tmp_path}/began; exec sleep {seconds}")
-    network.write({"type": "slow"})
+async def killed_while(network: Network, tmp_path: Path, call: str) -> None:
+    """SIGKILL for a process that does `call` of a Cni, when its plugin has made the file `began`."""
     script = (
         "import asyncio, sys; from tests.component.test_cni import *; from tests.netkit import *\n"
         f"conf = ConfDir(Path({str(network.conf_dir)!r}), [Path({str(tmp_path / 'bin')!r})])\n"
         f"one = Attachment.model_validate_json({attachment(network, tmp_path).model_dump_json()!r})\n"
-        "asyncio.run(Cni(conf, 60).add(one))"
+        f"asyncio.run(Cni(conf, 60, Path({str(network.conf_dir.parent / 'notes')!r})).{call})"
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) as daemon:
         while not (tmp_path / "began").exists():
             assert daemon.poll() is None
             await asyncio.sleep(0.02)
         daemon.kill()
+
+
+async def test_an_add_ends_with_the_daemon_that_called_it(network: Network, tmp_path: Path) -> None:
+    seconds = f"30.{os.getpid()}"
+    plugin(tmp_path / "bin", "slow", f"touch {tmp_path}/began; exec sleep {seconds}")
+    network.write({"type": "slow"})
+    await killed_while(network, tmp_path, "add(one)")
     await eventually(lambda: not any(f"sleep\x00{seconds}" in line for line in commands()), 20)
+
+
+@pytest.mark.parametrize("end", ["killed", "cancelled"])
+async def test_a_delete_is_not_cut_in_two(network: Network, tmp_path: Path, end: str) -> None:
+    """It goes on without the daemon that called it, and the next one's waits for it."""
+    os.mkfifo(tmp_path / "go")
+    calls = tmp_path / "calls"
+    script = f"echo begin >>{calls}; touch {tmp_path}/began; cat {tmp_path}/go; echo end >>{calls}"
+    plugin(tmp_path / "bin", "slow", script)
+    network.write({"type": "slow"})
+    one, cni = attachment(network, tmp_path), caller(network, tmp_path / "bin")
+    if end == "killed":
+        await killed_while(network, tmp_path, "delete(one, netns='')")
+    else:
+        first = asyncio.create_task(cni.delete(one, netns=""))
+        await eventually((tmp_path / "began").exists, 20)
+        first.cancel()
+        await asyncio.wait([first])
+    again = asyncio.create_task(cni.delete(one, netns=""))
+    for ends in (1, 2):
+        await eventually(lambda: opened(tmp_path / "go"), 20)
+        await eventually(lambda ends=ends: calls.read_text().count("end") == ends, 20)  # type: ignore[misc]
+    await again
+    assert calls.read_text().split() == ["begin", "end", "begin", "end"]
+    assert list(cni.notes.iterdir()) == []
+
+
+def opened(fifo: Path) -> bool:
+    """Whether somebody reads from it, who gets its end then."""
+    try:
+        os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
+
+
+async def test_a_delete_that_was_left_and_hangs_is_killed(network: Network, tmp_path: Path) -> None:
+    script = f"[ -e {tmp_path}/began ] && exit; touch {tmp_path}/began; echo $$ >{tmp_path}/pid; exec sleep 100"
+    plugin(tmp_path / "bin", "slow", script)
+    network.write({"type": "slow"})
+    await killed_while(network, tmp_path, "delete(one, netns='')")
+    pid = int((tmp_path / "pid").read_text())
+    await caller(network, tmp_path / "bin", timeout=0.5).delete(attachment(network, tmp_path), netns="")
+    assert not processes.running_since(pid)
 
 
 async def test_the_order_of_calls_and_what_each_is_given(network: Network, tmp_path: Path) -> None:

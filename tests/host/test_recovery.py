@@ -257,6 +257,41 @@ async def test_a_pod_is_removed_while_its_network_is_checked(own_daemon: Daemon,
     assert own_daemon.leftovers() == []
 
 
+SLOW_IPTABLES = """#!/bin/sh
+if [ -e FOLDER/slow ]; then
+  touch FOLDER/waits
+  while [ -e FOLDER/slow ]; do sleep 0.05; done
+fi
+exec /usr/sbin/${0##*/} "$@"
+"""
+
+
+async def test_the_daemon_killed_while_a_plugin_takes_its_rules_away(
+    own_daemon: Daemon, tmp_path: Path
+) -> None:
+    """bridge removes the interface first, and finds the rules of ipMasq by its addresses only."""
+    for name in ("iptables", "ip6tables"):
+        (tmp_path / name).write_text(SLOW_IPTABLES.replace("FOLDER", str(tmp_path)))
+        (tmp_path / name).chmod(0o755)
+    own_daemon.stop()
+    own_daemon.start(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    own_daemon.network.write(own_daemon.network.bridge_plugin(ipMasq=True))
+    async with client_of(own_daemon, "host") as client:
+        pod = await client.run_pod()
+        (tmp_path / "slow").touch()
+        stop = asyncio.create_task(client.remove_pod(pod))
+        async with asyncio.timeout(30):
+            while not (tmp_path / "waits").exists():
+                await asyncio.sleep(0.05)
+        os.kill(own_daemon.pid(), signal.SIGKILL)
+        (tmp_path / "slow").unlink()
+        own_daemon.wait_ready()
+        await asyncio.gather(stop, return_exceptions=True)
+    async with client_of(own_daemon, "host") as client:
+        await client.remove_pod(pod)
+    assert own_daemon.leftovers() == []
+
+
 async def test_the_daemon_killed_at_every_step(own_daemon: Daemon) -> None:
     names = (name for name in failpoints.NAMES if name not in failpoints.OF_VMS)
     await killed_at_every_step(own_daemon, names, "host")
