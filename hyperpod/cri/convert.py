@@ -233,6 +233,12 @@ def _address(where: str, value: str) -> str:
         raise InvalidArgument(f"{where} is {value[:100]!r}, not an IP address") from exc
 
 
+def _host_ip(where: str, value: str) -> str:
+    if "%" in value:
+        raise InvalidArgument(f"{where} is {value[:100]!r}: an address with a zone cannot be a rule's")
+    return _address(where, value)
+
+
 def _words(where: str, values: Sequence[str]) -> tuple[str, ...]:
     """Of a line of resolv.conf: no white space in them."""
     if len(values) > MAX_DNS:
@@ -258,7 +264,7 @@ def _ports(values: Sequence[cri.PortMapping]) -> tuple[PortMapping, ...]:
                 protocol=port.protocol.name or "",
                 container_port=_number(f"{where}.container_port", port.container_port, low, 65535),
                 host_port=host_port,
-                host_ip=_address(f"{where}.host_ip", port.host_ip) if port.host_ip else "",
+                host_ip=_host_ip(f"{where}.host_ip", port.host_ip) if port.host_ip else "",
             )
         )
     return tuple(found)

@@ -79,8 +79,8 @@ class Cni:
 
         The first failure ends it, for a later plugin may need what is still there. Raises NetworkError.
 
-        A plugin that is at it goes on when we end, and the next DEL waits for it: of half a DEL the other half is not
-        always found again (bridge knows the rules of ipMasq by the addresses of the interface that it removes first).
+        A plugin that is at it goes on when we end, and the next DEL waits for it: of half a DEL the other half is
+        not always found again (bridge has the rules of ipMasq by the addresses of what it removes first).
         """
         self.notes.mkdir(parents=True, exist_ok=True, mode=0o700)
         note = self.notes / attachment.container_id[:12]

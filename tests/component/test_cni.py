@@ -319,7 +319,7 @@ async def test_a_delete_is_not_cut_in_two(network: Network, tmp_path: Path, end:
     again = asyncio.create_task(cni.delete(one, netns=""))
     for ends in (1, 2):
         await eventually(lambda: opened(tmp_path / "go"), 20)
-        await eventually(lambda ends=ends: calls.read_text().count("end") == ends, 20)  # type: ignore[misc]
+        await eventually(lambda ends=ends: calls.read_text().count("end") == ends, 20)
     await again
     assert calls.read_text().split() == ["begin", "end", "begin", "end"]
     assert list(cni.notes.iterdir()) == []
@@ -335,7 +335,9 @@ def opened(fifo: Path) -> bool:
 
 
 async def test_a_delete_that_was_left_and_hangs_is_killed(network: Network, tmp_path: Path) -> None:
-    script = f"[ -e {tmp_path}/began ] && exit; touch {tmp_path}/began; echo $$ >{tmp_path}/pid; exec sleep 100"
+    script = (
+        f"[ -e {tmp_path}/began ] && exit; echo $$ >{tmp_path}/pid; touch {tmp_path}/began; exec sleep 100"
+    )
     plugin(tmp_path / "bin", "slow", script)
     network.write({"type": "slow"})
     await killed_while(network, tmp_path, "delete(one, netns='')")

@@ -103,6 +103,7 @@ def test_what_the_plugins_are_told() -> None:
         ({"port_mappings": [cri.PortMapping(host_port=70000, container_port=1)]}, "host_port is 70000"),
         ({"port_mappings": [cri.PortMapping(host_port=-1)]}, "host_port is -1"),
         ({"port_mappings": [cri.PortMapping(host_ip="here")]}, "host_ip is 'here'"),
+        ({"port_mappings": [cri.PortMapping(host_ip="fe80::1%eth0")]}, "with a zone"),
         ({"dns_config": cri.DnsConfig(servers=["dns.example"])}, r"servers\[0\] is 'dns.example'"),
         ({"dns_config": cri.DnsConfig(searches=["a\nnameserver 6.6.6.6"])}, r"searches\[0\]"),
         ({"dns_config": cri.DnsConfig(options=[""])}, r"options\[0\]"),
