@@ -36,9 +36,11 @@ class Share:
         self._lock = asyncio.Lock()
 
     async def use(self, tag: str, submounts: Sequence[str]) -> None:
-        """Mount it if it is not, and walk into `submounts`, which are mounts below a read-only one.
+        """Mount it if it is not, and walk into `submounts`: folders that several containers have, and mounts
+        below a read-only one.
 
-        Walked into before crun makes that one read-only, they keep the flags that they have here.
+        Walked into here, and not in crun's mount namespace first, the former are one mount for all of them; the
+        latter keep the flags that they have here.
         Raises FailedPrecondition when there is no such device, InvalidArgument.
         """
         if not self._layout.guest:
@@ -57,7 +59,7 @@ class Share:
     def _walk(self, submounts: Sequence[str]) -> None:
         for path in submounts:
             try:
-                os.listdir(f"{self._layout.share}/{path}")
+                os.close(os.open(f"{self._layout.share}/{path}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
             except OSError as exc:  # gone again on the host: then it is not there either
                 log.info("submount %s: %s", path, exc.strerror)
 
@@ -87,10 +89,28 @@ class Share:
                 log.warning("container %s: its mounts stay: %s", container[:12], exc)
 
     def _unmount(self, container: str) -> None:
-        folder = f"{self._layout.share}/{share.folder(container)}"
+        mine = share.folder(container)
+        folder = f"{self._layout.share}/{mine}"
+        links = self._links(mine)
+        others = self._links_of_others(mine) if links else set()
         names = []
         with contextlib.suppress(OSError):
-            names = os.listdir(folder)
+            names = [f"{folder}/{name}" for name in os.listdir(folder) if name not in links]
+        # Another container's mount has to stay: a second one of the same folder would have other inodes.
+        names += [f"{folder}/{target}" for target in links.values() if target not in others]
         for name in names:
             with contextlib.suppress(OSError):  # a file, or a folder that nobody has walked into
-                linux.umount(f"{folder}/{name}", linux.MNT_DETACH)
+                linux.umount(name, linux.MNT_DETACH)
+
+    def _links(self, folder: str) -> dict[str, str]:
+        """Of a container's folder: name to target, which is relative to the folder and the same for every one."""
+        found: dict[str, str] = {}
+        with contextlib.suppress(OSError), os.scandir(f"{self._layout.share}/{folder}") as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    found[entry.name] = os.readlink(entry.path)
+        return found
+
+    def _links_of_others(self, mine: str) -> set[str]:
+        folders = [name for name in os.listdir(self._layout.share) if name not in (mine, share.COMMON)]
+        return {target for folder in folders for target in self._links(folder).values()}

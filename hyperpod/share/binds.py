@@ -27,9 +27,10 @@ from hyperpod.errors import (
     Unsupported,
 )
 from hyperpod.model.security import UserNamespace
+from hyperpod.share import common
 from hyperpod.spec.mountinfo import MountPoint, parse
 from hyperpod.spec.mounts import HostBind
-from hyperpod.spec.share import folder
+from hyperpod.spec.share import COMMON, folder, link
 from hyperpod.spec.userns import map_line
 
 MAX_SUBMOUNTS = 256
@@ -60,16 +61,23 @@ class Target:
 
 @dataclass
 class _Source:
-    """An opened source: `tree` is the detached copy of it."""
+    """An opened source: `tree` is the detached copy of it, `common` its name among those that containers share,
+    `walk` what the agent is to walk into."""
 
     bind: HostBind
     tree: int
     folder: bool
-    submounts: list[str]
+    walk: list[str]
+    common: str = ""
+
+    @property
+    def place(self) -> str:
+        return f"{COMMON}/{self.common}" if self.common else self.bind.place
 
 
 def bind(target: Target, binds: Sequence[HostBind], cancelled: Event) -> list[str]:
-    """Put `binds` into the share; gives the paths in the share of mounts below read-only ones that stay writable.
+    """Put `binds` into the share; gives the paths in it that the guest's agent has to walk into: folders that other
+    containers have too, and mounts below read-only ones that stay writable.
 
     When it raises, `release` takes away what was made. Raises NotFound for a missing source, Unsupported for one
     that cannot cross, FailedPrecondition, Unavailable when the namespace is gone.
@@ -82,16 +90,21 @@ def bind(target: Target, binds: Sequence[HostBind], cancelled: Event) -> list[st
         _map_ids([source for source in sources if source.bind.mapped], target.ids)
         if cancelled.is_set():
             return []
-        for source in sources:
-            _mount_point(target.share / source.bind.place, folder=source.folder)
-        _enter(target.namespace)
-        for source in sources:
-            above, _, name = source.bind.place.rpartition("/")
-            _attach(source.tree, f"{target.inside}/{above}", name)
+        with common.locked(target.share):
+            there = _mounted(target.namespace) if any(source.common for source in sources) else set()
+            for source in sources:
+                _make_place(target.share, source)
+            _enter(target.namespace)
+            for source in sources:
+                path = f"{target.inside}/{source.place}"
+                if path not in there:
+                    there.add(path)
+                    above, _, name = path.rpartition("/")
+                    _attach(source.tree, above, name)
     finally:
         for source in sources:
             os.close(source.tree)
-    return [path for source in sources for path in source.submounts]
+    return [path for source in sources for path in source.walk]
 
 
 def release(share: Path, container_id: str) -> None:
@@ -100,28 +113,33 @@ def release(share: Path, container_id: str) -> None:
     The rmdir of a mount point unmounts it in other namespaces (rmdir(2) since Linux 3.18); one that is busy in ours
     is none that we made."""
     place = share / folder(container_id)
-    with contextlib.suppress(FileNotFoundError):
-        fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with contextlib.suppress(FileNotFoundError), common.locked(share) as whole:
         try:
-            with os.scandir(fd) as entries:
-                for entry in entries:
-                    remove = os.rmdir if entry.is_dir(follow_symlinks=False) else os.unlink
-                    remove(entry.name, dir_fd=fd)
+            fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                with os.scandir(fd) as entries:
+                    for entry in entries:
+                        remove = os.rmdir if entry.is_dir(follow_symlinks=False) else os.unlink
+                        remove(entry.name, dir_fd=fd)
+            finally:
+                os.close(fd)
+            place.rmdir()
         finally:
-            os.close(fd)
-        place.rmdir()
+            common.sweep(whole)
 
 
 def _open(one: HostBind, table: dict[int, MountPoint], *, guest: bool) -> _Source:
     source, folder = -1, False
     try:
         source = os.open(one.source, os.O_PATH | os.O_CLOEXEC)
-        mode = os.fstat(source).st_mode
+        status = os.fstat(source)
+        mode = status.st_mode
         for is_kind, why in _KINDS if guest else ():
             if is_kind(mode):
                 raise Unsupported(f"mount source {one.source!r} for {one.destination!r} is {why}")
         folder = stat.S_ISDIR(mode)
-        mount = table.get(_mount_id(source))
+        mount_id = _mount_id(source)
+        mount = table.get(mount_id)
         if one.follow and (mount is None or not mount.receives):
             where = f"mount {mount.path!r}" if mount else "its mount"
             raise FailedPrecondition(
@@ -134,10 +152,14 @@ def _open(one: HostBind, table: dict[int, MountPoint], *, guest: bool) -> _Sourc
                 f"mount source {one.source!r} for {one.destination!r}: propagation BIDIRECTIONAL needs a shared "
                 f"mount, and {where} is not; `mount --make-rshared` it"
             )
-        submounts = []
-        if one.readonly and not one.recursive and folder:
-            submounts = _submounts(str(Path(f"/proc/thread-self/fd/{source}").readlink()), table, one.place)
-        return _Source(one, _detached(source, one, guest=guest), folder, submounts)
+        below = _below(source, table) if folder else []
+        # A copy of mounts below it is as old as itself: unless they follow the host's, a later one has to be made.
+        alike = guest and (one.follow or not below)
+        shared = common.name(mount_id, status, _flags(one)) if alike else ""
+        walk = [one.place] if shared and folder else []
+        if one.readonly and not one.recursive:
+            walk += [f"{one.place}/{path}" for path, mount in below if not mount.readonly][:MAX_SUBMOUNTS]
+        return _Source(one, _detached(source, one, guest=guest), folder, walk, shared)
     except FileNotFoundError as exc:
         raise NotFound(
             f"mount source {one.source!r} for {one.destination!r} does not exist; make it and try again"
@@ -202,23 +224,54 @@ def _mount_id(fd: int) -> int:
     return -1
 
 
-def _submounts(source: str, table: dict[int, MountPoint], place: str) -> list[str]:
-    """Writable mounts below `source`, as paths in the share; parents first."""
-    above = source.rstrip("/") + "/"
-    found = sorted(m.path for m in table.values() if m.path.startswith(above) and not m.readonly)
-    return [f"{place}/{path.removeprefix(above)}" for path in found[:MAX_SUBMOUNTS]]
+def _below(source: int, table: dict[int, MountPoint]) -> list[tuple[str, MountPoint]]:
+    """Mounts below the folder, by their paths in it; parents first."""
+    above = str(Path(f"/proc/thread-self/fd/{source}").readlink()).rstrip("/") + "/"
+    found = [(m.path.removeprefix(above), m) for m in table.values() if m.path.startswith(above)]
+    return sorted(found, key=lambda item: item[0])
+
+
+def _flags(one: HostBind) -> str:
+    """Those that make another mount of the same source."""
+    flags = {"r": one.readonly, "R": one.recursive, "f": one.follow, "m": one.mapped}
+    return "".join(letter for letter, wanted in flags.items() if wanted)
+
+
+def _mounted(namespace: str) -> set[str]:
+    """Where something is mounted in it."""
+    try:
+        lines = Path(namespace.replace("ns/mnt", "mountinfo")).read_bytes()
+    except OSError as exc:
+        raise _unreachable(exc) from exc
+    return {mount.path for mount in parse(lines).values()}
+
+
+def _make_place(share: Path, source: _Source) -> None:
+    """The mount point; or the link to the one that containers share, which may be there."""
+    place = share / source.bind.place
+    try:
+        if source.common:
+            with contextlib.suppress(FileExistsError):
+                _mount_point(share / source.place, folder=source.folder)
+            place.parent.mkdir(mode=0o711, exist_ok=True)
+            place.symlink_to(link(source.common))
+        else:
+            _mount_point(place, folder=source.folder)
+    except OSError as exc:
+        kind = ResourceExhausted if exc.errno == errno.ENOSPC else HyperpodError
+        raise kind(f"mount point {place}: {exc.strerror}") from exc
 
 
 def _mount_point(path: Path, *, folder: bool) -> None:
-    try:
-        path.parent.mkdir(mode=0o711, exist_ok=True)
-        if folder:
-            path.mkdir(mode=0o700)
-        else:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    except OSError as exc:
-        kind = ResourceExhausted if exc.errno == errno.ENOSPC else HyperpodError
-        raise kind(f"mount point {path}: {exc.strerror}") from exc
+    path.parent.mkdir(mode=0o711, exist_ok=True)
+    if folder:
+        path.mkdir(mode=0o700)
+    else:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+
+def _unreachable(exc: OSError) -> HyperpodError:
+    return Unavailable(f"the pod's mounts cannot be reached: {exc.strerror}")
 
 
 def _enter(namespace: str) -> None:
@@ -229,7 +282,7 @@ def _enter(namespace: str) -> None:
         finally:
             os.close(fd)
     except OSError as exc:
-        raise Unavailable(f"the pod's mounts cannot be reached: {exc.strerror}") from exc
+        raise _unreachable(exc) from exc
 
 
 def _attach(tree: int, folder: str, name: str) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,12 @@ def on_the_host(server: FileServer) -> list[str]:
     return [mount.path for mount in found if mount.path.startswith(f"{server.folder}/")]
 
 
+def place(server: FileServer, number: int = 0, short: str = SHORT) -> str:
+    """Where in the share mount `number` of a container really lies."""
+    path = server.share / short / str(number)
+    return f"/{path.resolve().relative_to(server.share.resolve())}"
+
+
 def inside(namespace: str) -> Path:
     return Path(namespace.replace("ns/mnt", "root"))
 
@@ -118,13 +125,14 @@ def test_mounts_come_and_go_and_are_nowhere_else(server: FileServer, source: Pat
     with connected(server) as namespace:
         put(namespace, server, [one(source, 0, readonly=True), one(source, 1), one(source / "file", 2)])
         found = table(namespace)
-        assert sorted(found) == ["/", *(f"/{SHORT}/{n}" for n in range(3))]
-        assert [found[path].readonly for path in sorted(found)] == [True, True, False, False]
+        places = [place(server, n) for n in range(3)]
+        assert sorted(found) == ["/", *sorted(places)]
+        assert [found[path].readonly for path in ("/", *places)] == [True, True, False, False]
         assert on_the_host(server) == []
         assert (inside(namespace) / SHORT / "0" / "file").read_text() == "mine"
         (inside(namespace) / SHORT / "1" / "new").touch()
         assert (source / "new").exists()
-        for path in (SHORT, f"{SHORT}/0", "."):
+        for path in (SHORT, f"{SHORT}/0", "common", "."):
             with pytest.raises(OSError, match="Read-only file system"):
                 (inside(namespace) / path / "evil").touch()
         binds.release(server.share, SHORT)
@@ -137,6 +145,55 @@ def test_mounts_come_and_go_and_are_nowhere_else(server: FileServer, source: Pat
     assert not Path(f"/proc/{pid}").exists()
     assert sorted(path.name for path in source.iterdir()) == ["file", "new"]
     assert on_the_host(server) == []
+
+
+def test_containers_have_the_same_mount_of_the_same_source(server: FileServer, source: Path) -> None:
+    other = "ba9876543210"
+
+    def of_other(path: Path, number: int = 0, **flags: bool) -> HostBind:
+        return replace(one(path, number, **flags), place=f"{other}/{number}")
+
+    with connected(server) as namespace:
+        shared = [one(source), one(source, 1), one(source / "file", 2)]
+        assert put(namespace, server, shared) == [f"{SHORT}/0", f"{SHORT}/1"], "folders that are walked into"
+        put(
+            namespace,
+            server,
+            [of_other(source), of_other(source / "file", 1), of_other(source, 2, readonly=True)],
+        )
+        assert place(server) == place(server, 1) == place(server, 0, other)
+        assert place(server, 2) == place(server, 1, other)
+        assert len({place(server), place(server, 2), place(server, 2, other)}) == 3, (
+            "read-only is another one"
+        )
+        assert len(table(namespace)) == 4
+        kept = place(server)
+        binds.release(server.share, SHORT)
+        assert len(table(namespace)) == 4
+        assert place(server, 0, other) == kept
+        (server.share / "common" / "crash").mkdir()
+        # What was made anew under the old name is another folder.
+        source.rename(source.parent / "old")
+        source.mkdir()
+        put(namespace, server, [one(source)])
+        assert place(server) != kept
+        binds.release(server.share, other)
+        assert sorted(table(namespace)) == ["/", place(server)]
+        assert [path.name for path in (server.share / "common").iterdir()] == [Path(place(server)).name]
+        binds.release(server.share, SHORT)
+        assert list(server.share.iterdir()) == []
+
+
+def test_a_mount_point_without_its_mount_is_used(server: FileServer, source: Path) -> None:
+    """As a crash leaves it."""
+    with connected(server) as namespace:
+        put(namespace, server, [one(source)])
+        where = place(server)
+        binds.release(server.share, SHORT)
+        (server.share / where[1:]).mkdir(parents=True)
+        put(namespace, server, [one(source)])
+        assert where in table(namespace)
+        assert (inside(namespace) / SHORT / "0" / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("propagation", ["private", "shared"])
@@ -228,10 +285,10 @@ def test_later_mounts_need_a_shared_source(server: FileServer, source: Path) -> 
             subprocess.run(["mount", "--make-rshared", str(source)], check=True)
             put(namespace, server, [one(source, 0, follow=True), one(source, 1)])
             subprocess.run(["mount", "-t", "tmpfs", "none", str(source / "later")], check=True)
-            assert f"/{SHORT}/0/later" in table(namespace)
-            assert f"/{SHORT}/1/later" not in table(namespace)
+            assert f"{place(server)}/later" in table(namespace)
+            assert f"{place(server, 1)}/later" not in table(namespace)
             subprocess.run(["umount", str(source / "later")], check=True)
-            assert f"/{SHORT}/0/later" not in table(namespace)
+            assert f"{place(server)}/later" not in table(namespace)
     finally:
         subprocess.run(["umount", "-l", str(source)], check=True)
 

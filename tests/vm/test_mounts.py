@@ -179,9 +179,9 @@ async def test_read_only_is_the_hosts_to_enforce(client: Cri, pod_id: str, tmp_p
     share = "/proc/1/root/run/hyperpod/share"
     assert await shell(client, container, f"ls {share} {share}/{container[:12]}/") == (
         0,
-        f"{share}:\n{container[:12]}\n\n{share}/{container[:12]}/:\n0\n1",
+        f"{share}:\n{container[:12]}\ncommon\n\n{share}/{container[:12]}/:\n0\n1",
     )
-    for path in ("evil", f"{container[:12]}/evil", f"{container[:12]}/0/evil"):
+    for path in ("evil", "common/evil", f"{container[:12]}/evil", f"{container[:12]}/0/evil"):
         code, text = await shell(client, container, f"mkdir {share}/{path}")
         assert code != 0
         assert "Read-only file system" in text, path
@@ -262,6 +262,26 @@ async def test_a_hundred_mounts(client: Cri, pod_id: str, tmp_path: Path) -> Non
     code, text = await shell(client, container, "cat $(seq -f /many/%g/n 0 99 2>/dev/null || ls /many/*/n)")
     assert code == 0
     assert sorted(map(int, text.split())) == list(range(100))
+
+
+@pytest.mark.parametrize("readonly", [False, True], ids=["writable", "read-only"])
+async def test_containers_of_a_pod_see_the_same_files(
+    client: Cri, pod_id: str, tmp_path: Path, readonly: bool
+) -> None:
+    """Not only the same bytes: a FIFO joins them, so do sockets, and locks hold. The one that came first may go."""
+    volume = tmp_path / "empty-dir"
+    volume.mkdir()
+    os.mkfifo(volume / "fifo")
+    first = await sleeper(client, pod_id, mount(volume, "/x", readonly=readonly))
+    reader = await client.sh(pod_id, "cat /r/fifo", mounts=[mount(volume, "/r", readonly=readonly)])
+    await client.stop(first)
+    await client.runtime.remove_container(cri.RemoveContainerRequest(container_id=first))
+    # Blocks until somebody reads, and for ever when that is another FIFO.
+    writer = await client.sh(
+        pod_id, "timeout 30 sh -c 'echo through > /w/fifo'", mounts=[mount(volume, "/w", readonly=readonly)]
+    )
+    assert (await client.wait(writer)).exit_code == 0
+    assert await output(client, reader) == "through"
 
 
 async def test_parents_come_before_children(client: Cri, pod_id: str, tmp_path: Path) -> None:

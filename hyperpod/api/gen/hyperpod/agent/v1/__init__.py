@@ -163,7 +163,8 @@ class CreateContainerRequest(betterproto2.Message):
 
     submounts: "list[str]" = betterproto2.field(9, betterproto2.TYPE_STRING, repeated=True)
     """
-    Paths in the share that are mount points of the host below a read-only mount but writable themselves.
+    Paths in the share to walk into first: folders that other containers have too, and mount points of the host
+    below a read-only mount that are writable themselves.
     """
 
     security: "Security | None" = betterproto2.field(10, betterproto2.TYPE_MESSAGE, optional=True)
