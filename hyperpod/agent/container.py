@@ -28,7 +28,14 @@ from hyperpod.agent.reaper import Reaper
 from hyperpod.agent.resources import adapt, lifts_quota
 from hyperpod.agent.security import Security
 from hyperpod.agent.share import Share
-from hyperpod.errors import AlreadyExists, FailedPrecondition, HyperpodError, InvalidArgument, NotFound
+from hyperpod.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    HyperpodError,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+)
 from hyperpod.tasks import TaskOwner, bounded
 
 if TYPE_CHECKING:
@@ -39,6 +46,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_EXECS = 256
+STARTS = 4
+"""Execs of one container that are being started at once: with hundreds the agent, which waits for each crun to
+begin, would have no CPU left for anybody's streams."""
+
 REMOVE_TIMEOUT = 5.0
 """Seconds for the end of a killed container to be noticed."""
 
@@ -130,6 +141,11 @@ class Exec:
         security.complete(process, self.container.environment)
         if tools.host is not None:
             tools.host.fit(process)
+        async with self.container.starts:
+            self.container.check_running()
+            return await self._start(tools, process)
+
+    async def _start(self, tools: Tools, process: dict[str, Any]) -> int:
         variables = envexec.take(process)
         path = f"{tools.layout.bundle(self.container.id)}/{self.id}"
         folder = self._open_workdir(process, 3 + (envexec.DESCRIPTORS if variables else 0))
@@ -228,6 +244,7 @@ class Container:
         once = stdin_once and not tty
         self.io = ProcessIO(tty=tty, stdin=stdin, ends_with_peer=once, eof_closes=once)
         self.execs: dict[str, Exec] = {}
+        self.starts = asyncio.Semaphore(STARTS)
         self.cgroup = tools.cgroups.container_path(ident)
         self.lost_oom_kills = 0
         """Of execs that were removed."""
@@ -446,7 +463,7 @@ class Container:
         if ident in self.execs:
             raise AlreadyExists(f"exec {ident} exists")
         if len(self.execs) >= MAX_EXECS:
-            raise FailedPrecondition(f"container {self.id[:12]} has {MAX_EXECS} execs already")
+            raise ResourceExhausted(f"container {self.id[:12]} has {MAX_EXECS} execs already")
         made = self.execs[ident] = Exec(ident, self, tty=tty, stdin=stdin)
         try:
             return await made.start(self.tools, process)

@@ -8,10 +8,12 @@ import logging
 import secrets
 import socket
 import struct
+from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from hyperpod.container import process
 from hyperpod.container.known import KnownContainers
+from hyperpod.container.live import LiveContainer
 from hyperpod.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -24,7 +26,7 @@ from hyperpod.errors import (
 )
 from hyperpod.logs import printable
 from hyperpod.model.container import ContainerState, ExecResult
-from hyperpod.sandbox.live import LiveSandbox
+from hyperpod.sandbox.live import EXECS, LiveSandbox
 from hyperpod.sandbox.phases import Laps
 from hyperpod.spec.oci import build_process
 from hyperpod.tasks import TaskOwner, bounded
@@ -37,9 +39,15 @@ LIMIT = 16 * 1024 * 1024 - 64 * 1024
 DRAIN = 2.0
 """Seconds that output may go on after the process's end, when a grandchild holds the pipe."""
 
+DEAD_DRAIN = 20.0
+"""Seconds for the output to come once nobody can write to it any more: only want of CPU keeps it."""
+
 _HEADER = struct.Struct("!BI")
 _STDOUT, _STDERR, _END, _TRUNCATED = 1, 2, 3, 5
 
+
+TURN = 60.0
+"""Seconds that a call waits for others to end when there are too many."""
 
 COLLECTORS = 3
 """Shims that are asked for one command's output, each after the death of the one before."""
@@ -59,6 +67,12 @@ class ExecRunner:
         if container.state is not ContainerState.RUNNING:
             raise FailedPrecondition(f"container {container.short} is {container.state.value}, not running")
         sandbox = self._containers.sandboxes.live(container.sandbox_id)
+        async with _turn(sandbox):
+            return await self._exec_sync(container, sandbox, argv, timeout)
+
+    async def _exec_sync(
+        self, container: LiveContainer, sandbox: LiveSandbox, argv: tuple[str, ...], timeout: int
+    ) -> ExecResult:
         laps = Laps()
         sandbox.calls["ExecSync"] = laps.seconds
         spec = build_process(replace(process.spec_input(container.record), args=argv, tty=False))
@@ -112,10 +126,26 @@ class ExecRunner:
         _, pending = await asyncio.wait({collector}, timeout=DRAIN)
         if pending:
             await one.kill()
-            _, pending = await asyncio.wait({collector}, timeout=DRAIN)
+            _, pending = await asyncio.wait({collector}, timeout=DEAD_DRAIN)
         if pending:
             raise GuestError("the output of the command did not end")
         return collector.result()
+
+
+@contextlib.asynccontextmanager
+async def _turn(sandbox: LiveSandbox) -> AsyncIterator[None]:
+    """One of EXECS at once. Raises ResourceExhausted after TURN seconds without."""
+    try:
+        async with asyncio.timeout(TURN):
+            await sandbox.execs.acquire()
+    except TimeoutError as exc:
+        raise ResourceExhausted(
+            f"{EXECS} calls of ExecSync run in sandbox {sandbox.short} already, and none ended within {TURN:g} s"
+        ) from exc
+    try:
+        yield
+    finally:
+        sandbox.execs.release()
 
 
 class _Exec:

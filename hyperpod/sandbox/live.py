@@ -21,6 +21,9 @@ from hyperpod.vsock.dial import Endpoint, HostEndpoint, HybridEndpoint, KernelEn
 SHIMS = 2
 """Deaths of shims that a call bears."""
 
+EXECS = 128
+"""Calls of ExecSync that run in it at once; shim and agent have room for more."""
+
 NOTICE = 1.0
 """Seconds for a connection that a call found broken to be known as lost."""
 
@@ -43,6 +46,7 @@ class LiveSandbox:
         self.session = AgentSession(record.id, self.endpoint, record.token)
         self._shim: ShimClient | None = None
         self._new_shim = asyncio.Event()
+        self.execs = asyncio.Semaphore(EXECS)
         self.gone = asyncio.Event()
         self.gone_detail = ""
         self.host_oom = False

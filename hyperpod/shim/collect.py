@@ -8,11 +8,12 @@ kind     1 stdout, 2 stderr, 3 complete (end), 4 failed (end; data is the reason
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import struct
 
-from hyperpod.errors import GuestError, HyperpodError, Unavailable
+from hyperpod.errors import DeadlineExceeded, GuestError, HyperpodError, Unavailable
 from hyperpod.logs import printable
 from hyperpod.shim.dialer import AgentDialer
 from hyperpod.shim.sessions.socket import Turns
@@ -24,6 +25,11 @@ STDOUT, STDERR, END, FAILED, TRUNCATED = 1, 2, 3, 4, 5
 _HEADER = struct.Struct("!BI")
 _CHUNK = 128 * 1024
 _MAX_REASON = 2048
+_ATTEMPTS = 4
+"""To reach the agent; each may take the dialer's time."""
+
+_PAUSE = 0.5
+"""Seconds between them."""
 
 
 class Collector:
@@ -73,7 +79,7 @@ class Collector:
 
     async def _stream(self, stream: str) -> None:
         loop = asyncio.get_running_loop()
-        sock, data = await self._dialer.open()
+        sock, data = await self._dial()
         with sock:
             reader = HostReader(Open(self._container, stream, self._exec_id))
             await loop.sock_sendall(sock, reader.start())
@@ -91,6 +97,14 @@ class Collector:
                 data = await loop.sock_recv(sock, _CHUNK)
                 if not data:
                     raise Unavailable(f"the connection of {stream} ended before its EOF")
+
+    async def _dial(self) -> tuple[socket.socket, bytes]:
+        """An agent without CPU answers late, or has too many that wait: the output stays there meanwhile."""
+        for _ in range(_ATTEMPTS - 1):
+            with contextlib.suppress(Unavailable, DeadlineExceeded):
+                return await self._dialer.open()
+            await asyncio.sleep(_PAUSE)
+        return await self._dialer.open()
 
     async def _keep(self, kind: int, data: bytes | memoryview) -> None:
         """Hand on what the limit allows; the rest is drained, so that the process is not stopped by a full pipe."""

@@ -182,7 +182,7 @@ class Shim:
         container, exec_id = request.ident("container"), request.ident("exec", 32)
         tty, limit = request.flag("tty"), request.number("limit", 0, _MAX_LIMIT)
         if len(self._tasks) >= _COLLECTORS:
-            raise InvalidArgument("too many execs at once")
+            raise ResourceExhausted(f"the pod has {_COLLECTORS} commands whose output is collected already")
         sock = socket.socket(fileno=_take(request, fds))
         collector = Collector(self._dialer, sock, container, exec_id, tty=tty, limit=limit)
         self._tasks.spawn(f"collect/{exec_id[:12]}", collector.run())

@@ -65,3 +65,26 @@ async def test_a_shim_that_lies_is_an_error(sent: tuple[bytes, ...]) -> None:
 async def test_a_command_that_prints_too_much() -> None:
     with pytest.raises(ResourceExhausted, match="streaming exec"):
         await read(record(STDOUT, b"x"), record(TRUNCATED))
+
+
+async def test_calls_beyond_the_most_wait_for_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sandbox:
+        execs, short = asyncio.Semaphore(1), "abc"
+
+    sandbox, order = Sandbox(), []
+
+    async def second() -> None:
+        async with execsync._turn(sandbox):  # type: ignore[arg-type]
+            order.append("second")
+
+    async with execsync._turn(sandbox):  # type: ignore[arg-type]
+        waiting = asyncio.ensure_future(second())
+        await asyncio.sleep(0)
+        order.append("first")
+    await waiting
+    assert order == ["first", "second"]
+    monkeypatch.setattr(execsync, "TURN", 0.01)
+    async with execsync._turn(sandbox):  # type: ignore[arg-type]
+        with pytest.raises(ResourceExhausted, match="calls of ExecSync run in sandbox abc already"):
+            await second()
+    await second()
