@@ -70,6 +70,8 @@ class Attachment(Record):
     """JSON object."""
     result: str = ""
     """JSON object or empty."""
+    added: int = 1 << 20
+    """How many of the plugins have answered ADD; records of before this was kept count as all."""
 
 
 class GuestRoute(Record):

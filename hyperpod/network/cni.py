@@ -6,6 +6,7 @@ nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -60,7 +61,7 @@ class Cni:
         runtime = json.loads(attachment.runtime)
         result = CniResult()
         previous: dict[str, Any] | None = None
-        for plugin in network.plugins:
+        for number, plugin in enumerate(network.plugins, 1):
             done = await self._call(
                 "ADD", network, plugin, _variables(attachment), previous=previous, runtime=runtime
             )
@@ -69,7 +70,7 @@ class Cni:
                 raise NetworkError(f"{what} printed no result")
             previous = decode(what, done.stdout)
             result = parse_result(what, previous)
-            attachment = attachment.model_copy(update={"result": json.dumps(previous)})
+            attachment = attachment.model_copy(update={"result": json.dumps(previous), "added": number})
             if keep is not None:
                 await keep(attachment)
         return attachment, result
@@ -91,8 +92,29 @@ class Cni:
         keep = attachment.result and network.supports("0.4.0")
         previous = json.loads(attachment.result) if keep else None
         runtime = json.loads(attachment.runtime)
-        for plugin in reversed(network.plugins):
+
+        async def leave(network: Conflist, plugin: Plugin) -> None:
             await self._call("DEL", network, plugin, variables, previous=previous, runtime=runtime, note=note)
+
+        for number, plugin in reversed([*enumerate(network.plugins)]):
+            try:
+                await leave(network, plugin)
+            except NetworkError as exc:
+                if number < attachment.added or (mended := self._mended(network)) is None:
+                    raise
+                log.warning("%s; so did its ADD, and the configuration was changed since", exc)
+                for other in mended.plugins:
+                    if (mended.name, other.type) == (network.name, plugin.type):
+                        await leave(mended, other)
+
+    def _mended(self, network: Conflist) -> Conflist | None:
+        """What pods join now, when that is not what this one was to join.
+
+        One mistake in a plugin's configuration may fail both ADD and DEL, and nobody can mend our copy of it."""
+        with contextlib.suppress(NetworkError):
+            if (now := self.conf.current()).text != network.text:
+                return now
+        return None
 
     async def check(self, attachment: Attachment) -> None:
         """Whether the network is as ADD left it. Raises NetworkError that says what is not."""

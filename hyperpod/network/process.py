@@ -27,7 +27,7 @@ DRAIN = 0.5
 REAP = 5.0
 """Seconds for a killed program to be gone."""
 
-NOTED = 'at() { echo "$1 ${22}"; }; read -r stat </proc/$$/stat; at $stat >"$0"; exec "$@"'
+NOTED = 'at() { echo "$1 ${22}"; }; read -r stat </proc/$$/stat; at $stat >"$1"; shift; exec "$@"'
 """For sh: writes what processes.remember does before it becomes the program. We could be killed before we did."""
 
 _left: list[subprocess.Popen[bytes]] = []
@@ -58,7 +58,7 @@ async def run(
     loop = asyncio.get_running_loop()
     _left[:] = [process for process in _left if process.poll() is None]
     async with _output() as (out_end, out_reader), _output() as (err_end, err_reader):
-        command = argv if note is None else ["/bin/sh", "-c", NOTED, str(note), *argv]
+        command = argv if note is None else ["/bin/sh", "-c", NOTED, "sh", str(note), *argv]
         process = _start(command, what, stdin, env, out=out_end, err=err_end)
         out, err = bytearray(), bytearray()
         reading = loop.create_task(_collect(out_reader, out), name=f"{what}/stdout")

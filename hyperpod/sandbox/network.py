@@ -71,6 +71,7 @@ class PodNetworks:
             netns=str(netns),
             args=podnet.arguments(record.config, record.id),
             runtime=podnet.runtime_json(record.config),
+            added=0,
         )
         await self._write(record.id, attachment)
         # For this boot only: whatever needs it (rules, links) ends with the host.

@@ -66,6 +66,8 @@ def host_ports(config: SandboxConfig) -> tuple[PortMapping, ...]:
 def runtime(config: SandboxConfig) -> dict[str, Any]:
     """Values by capability (conventions: https://github.com/containernetworking/cni/blob/main/CONVENTIONS.md)."""
     values: dict[str, Any] = {}
+    if config.namespaces.network is NamespaceMode.NODE:
+        return values
     if ports := host_ports(config):
         values["portMappings"] = [
             {

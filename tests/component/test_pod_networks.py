@@ -80,6 +80,41 @@ async def test_rules_of_a_plugin_before_the_one_that_fails(
     assert network.leftovers() == []
 
 
+@pytest.mark.parametrize("mend", ["mended", "taken out"])
+async def test_a_configuration_of_which_add_and_delete_fail(
+    tmp_path: Path, network: Network, networks: PodNetworks, record: SandboxRecord, mend: str
+) -> None:
+    """Here host-local's and then bandwidth's: a DEL after the mend is of what is there then."""
+    good, bad = network.bridge_plugin(), network.bridge_plugin()
+    bad["ipam"]["ranges"] = [[{"subnet": f"{network.v4}.0/33"}]]
+    broken = {"type": "bandwidth", "ingressRate": 1000}  # and no burst
+    for plugins in ([bad], [good, broken]):
+        network.write(*plugins)
+        with pytest.raises(NetworkError, match=r"\(ADD\) failed"):
+            await networks.attach(record)
+        with pytest.raises(NetworkError, match=r"\(DEL\) failed"):
+            await networks.detach(IDENT)
+        network.write(good, *([{"type": "bandwidth"}] if mend == "mended" else []))
+        await networks.detach(IDENT)
+        assert network.leftovers() == [] and networks.namespaces.known() == []
+
+
+async def test_a_plugin_that_was_added_leaves_by_what_added_it(
+    tmp_path: Path, network: Network, networks: PodNetworks, record: SandboxRecord
+) -> None:
+    """Whatever the configuration is by then: another one might know nothing of what the plugin holds."""
+    plugin(
+        tmp_path / "bin", "once", f"[ $CNI_COMMAND = ADD ] || exec test -e {tmp_path}/mended; echo '{RESULT}'"
+    )
+    network.write({"type": "once"})
+    await networks.attach(record, vm=False)
+    network.write({"type": "once", "other": 1})
+    with pytest.raises(NetworkError, match=r"\(DEL\) failed"):
+        await networks.detach(IDENT)
+    (tmp_path / "mended").touch()
+    await networks.detach(IDENT)
+
+
 async def test_a_record_that_was_set_aside(
     tmp_path: Path, network: Network, networks: PodNetworks, record: SandboxRecord
 ) -> None:

@@ -120,6 +120,15 @@ def test_requests_that_cannot_be_meant(more: dict[str, object], why: str) -> Non
         convert.sandbox_config(request(**more))
 
 
+def test_bandwidth_is_nothing_to_a_pod_in_the_nodes_network() -> None:
+    node = cri.LinuxSandboxSecurityContext(
+        namespace_options=cri.NamespaceOption(network=cri.NamespaceMode.NODE)
+    )
+    linux = cri.LinuxPodSandboxConfig(security_context=node)
+    config = convert.sandbox_config(request(linux=linux, annotations={podnet.INGRESS: "5"}))
+    assert podnet.runtime(config) == {}
+
+
 def test_ports_that_collide() -> None:
     every, local = PortMapping(host_port=80), PortMapping(host_port=80, host_ip="127.0.0.1")
     assert ports.overlap(every, local) and ports.overlap(local, local)
