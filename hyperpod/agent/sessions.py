@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 HANGUP_GRACE = 10.0
 """Seconds between SIGHUP and SIGKILL for an exec whose client is gone."""
 
-_DENIED = ("Permission denied", "is not executable")
+_DENIED = ("Permission denied", "is not executable", "open executable")
 """crun, of a program that cannot be executed: of Debian 12 and of 13."""
 
 

@@ -63,8 +63,13 @@ class Stream:
             await self._client.flush()
 
     async def reset(self) -> None:
+        """Over, and forgotten: what has come and nobody has read would hold the others up."""
         self._client.connection.reset(self.number)
-        await self._client.flush()
+        self._client.forget(self.number)
+        self._client.taken(sum(map(len, self._chunks)))
+        self._chunks.clear()
+        with contextlib.suppress(Unavailable):
+            await self._client.flush()
 
     def feed(self, data: Buffer) -> None:
         self._chunks.append(data)
@@ -140,9 +145,9 @@ class SpdyClient:
 
     async def close(self) -> None:
         """Goodbye, without waiting for anything."""
-        with contextlib.suppress(Unavailable, spdy.SpdyError):
+        with contextlib.suppress(spdy.SpdyError):
             self.connection.close()
-            await self.flush()
+            self._socket.write(self.connection.data_to_send())
         self.abort()
         await asyncio.gather(self._reader, return_exceptions=True)
         if self._relay is not None:
@@ -175,6 +180,10 @@ class SpdyClient:
             self.closed.set()
             for stream in self._streams.values():
                 stream.wake()
+
+    def forget(self, number: int) -> None:
+        """There are no more events of it."""
+        self._streams.pop(number, None)
 
     def taken(self, count: int) -> None:
         """So many bytes were read."""

@@ -28,7 +28,18 @@ _PIECE = 64 * 1024
 
 def main(args: argparse.Namespace) -> int:
     commands = {"exec": _command, "attach": _command, "port-forward": _forward, "console": _console}
-    return asyncio.run(commands[args.command](args))
+    _keep_standard_streams()
+    try:
+        return asyncio.run(commands[args.command](args))
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+        return 128 + signal.SIGPIPE
+
+
+def _keep_standard_streams() -> None:
+    """One that is closed gets a file that ends at once and takes nothing: else our own connection would be it."""
+    while (fd := os.open(os.devnull, os.O_RDONLY)) <= 2:
+        pass
+    os.close(fd)
 
 
 async def _command(args: argparse.Namespace) -> int:
@@ -100,11 +111,20 @@ def _input(loop: asyncio.AbstractEventLoop, stream: Stream) -> None:
 
 
 async def _output(stream: Stream, fd: int) -> None:
-    with contextlib.suppress(Unavailable, BrokenPipeError):
+    """Raises HyperpodError: it cannot be written here; BrokenPipeError: nobody reads it any more."""
+    with contextlib.suppress(Unavailable):
         while data := await stream.read():
-            view = memoryview(data)
-            while view:
-                view = view[await asyncio.to_thread(os.write, fd, view) :]
+            await asyncio.to_thread(_write, fd, memoryview(data))
+
+
+def _write(fd: int, data: memoryview) -> None:
+    try:
+        while data:
+            data = data[os.write(fd, data) :]
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        raise HyperpodError(f"cannot write to {'stdout' if fd == 1 else 'stderr'}: {exc.strerror}") from exc
 
 
 async def _resize(stream: Stream) -> None:
@@ -178,34 +198,43 @@ async def _connection(
         error = await session.open((("streamtype", "error"), *headers))
         await error.end()
         data = await session.open((("streamtype", "data"), *headers))
-        up, whole = asyncio.ensure_future(_up(reader, data)), False
         try:
-            with contextlib.suppress(Unavailable, OSError):
-                while piece := await data.read():
-                    writer.write(piece)
-                    await writer.drain()
-                whole = True
-            with contextlib.suppress(OSError):
-                writer.write_eof()
-            if text := await error.read_all():
+            if await _both_ways(reader, writer, data) and (text := await error.read_all()):
                 print(text.decode(errors="replace"), file=sys.stderr)
-            elif whole:
-                await asyncio.wait({up})
         finally:
-            up.cancel()
-            await asyncio.gather(up, return_exceptions=True)
             await data.reset()
+            await error.reset()
     except HyperpodError as exc:
         print(f"hyperpod: {exc}", file=sys.stderr)
     finally:
         writer.close()
 
 
+async def _both_ways(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: Stream) -> bool:
+    """Until both directions have ended, or one has broken. False: it was our client that left."""
+    tasks = {asyncio.ensure_future(_up(reader, data)), asyncio.ensure_future(_down(data, writer))}
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    return not any(isinstance(result, OSError) for result in results)
+
+
 async def _up(reader: asyncio.StreamReader, stream: Stream) -> None:
-    with contextlib.suppress(HyperpodError, OSError):
-        while data := await reader.read(_PIECE):
-            await stream.write(data)
-        await stream.end()
+    """Raises OSError: the client broke off; Unavailable."""
+    while data := await reader.read(_PIECE):
+        await stream.write(data)
+    await stream.end()
+
+
+async def _down(stream: Stream, writer: asyncio.StreamWriter) -> None:
+    """Raises OSError: the client broke off; Unavailable."""
+    while data := await stream.read():
+        writer.write(data)
+        await writer.drain()
+    writer.write_eof()
 
 
 def _pair(text: str) -> tuple[int, int]:

@@ -77,7 +77,10 @@ class PortForward(Protocol):
         """The port sends nothing more."""
 
     def fail(self, ident: int, text: str) -> None:
-        """The connection could not be made, or broke; it is over."""
+        """The connection could not be made, or kept; it is over."""
+
+    def broke(self, ident: int, text: str) -> None:
+        """The port has reset the connection; it is over. `text` is for clients that cannot be told otherwise."""
 
     def close(self, ident: int) -> None:
         """Both directions have ended."""
@@ -246,6 +249,12 @@ class SpdyForward:
         if (pair := self._pairs.pop(ident, None)) is not None:
             self._fail(pair, text)
 
+    def broke(self, ident: int, text: str) -> None:
+        # Without a word, as from cri-streaming: kubectl gives the whole session up for a word on an error stream.
+        if (pair := self._pairs.pop(ident, None)) is not None:
+            self._connection.reset(pair.data)
+            self._connection.reset(pair.error)
+
     def close(self, ident: int) -> None:
         if (pair := self._pairs.pop(ident, None)) is not None:
             self._end(pair.data)
@@ -341,6 +350,9 @@ class WebSocketForward:
         if ident in self._open:
             self._channels.send(2 * ident + 1, text[:_MAX_TEXT].encode(errors="replace"))
             self.close(ident)
+
+    def broke(self, ident: int, text: str) -> None:
+        self.fail(ident, text)
 
     def close(self, ident: int) -> None:
         self._open.discard(ident)

@@ -67,16 +67,23 @@ class HostPort(PortEnd):
         super().__init__()
         self._request, self._decoder = Open("", "port", port=port, direct=direct), FrameDecoder()
         self.opened = self.handed_over = False
+        self._refused: StreamRefused | None = None
 
     def start(self) -> bytes:
         return encode_open(self._request)
 
     def feed(self, data: bytes) -> list[bytes | memoryview]:
-        """Payloads; look at `opened`, `handed_over` and `ended` too. Raises ProtocolError, StreamRefused."""
+        """Payloads; look at `opened`, `handed_over` and `ended` too. Raises ProtocolError, StreamRefused: when all
+        payloads before it have been had, so feed nothing once more before waiting."""
         out: list[bytes | memoryview] = []
+        if self._refused is not None:
+            raise self._refused
         for frame in self._decoder.feed(data):
             if frame.type is FrameType.ERROR:
-                raise StreamRefused(bytes(frame.payload).decode(errors="replace"))
+                self._refused = StreamRefused(bytes(frame.payload).decode(errors="replace"))
+                if out:
+                    return out
+                raise self._refused
             if not self.opened:
                 if frame.type is not FrameType.OPENED:
                     raise ProtocolError(f"stdio: {frame.type.name} where OPENED was due")

@@ -112,6 +112,18 @@ def test_a_refused_port_leaves_the_others(client: Client) -> None:
     assert client.talk() == [Dial(again, 81)]
 
 
+def test_a_connection_that_the_port_resets(client: Client) -> None:
+    error, data = client.open("error", 80, "0"), client.open("data", 80, "0")
+    client.talk()
+    client.session.send(data, b"before")
+    client.session.broke(data, "reset by peer")
+    client.talk()
+    assert client.got == {data: b"before"}
+    assert client.over == {data: "reset", error: "reset"}
+    client.session.broke(data, "again")
+    assert client.talk() == []
+
+
 def test_a_dropped_connection(client: Client) -> None:
     error, data = client.open("error", 80, "0"), client.open("data", 80, "0")
     client.talk()

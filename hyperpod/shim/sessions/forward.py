@@ -10,7 +10,7 @@ import socket
 from hyperpod.errors import HyperpodError
 from hyperpod.logs import printable
 from hyperpod.shim.dialer import AgentDialer
-from hyperpod.shim.sessions.port import PodPort, open_port
+from hyperpod.shim.sessions.port import PodPort, PortBroke, open_port
 from hyperpod.shim.sessions.session import ClientGone, Session, first
 from hyperpod.shim.sessions.spec import SessionSpec
 from hyperpod.shim.sessions.stdin import InputQueue
@@ -125,7 +125,9 @@ class ForwardSession(Session):
         except (HyperpodError, ExceptionGroup) as exc:
             cause = first(exc)
             if isinstance(cause, HyperpodError):
-                self.protocol.fail(ident, f"error forwarding port {one.port}: {printable(str(cause), _TEXT)}")
+                text = f"error forwarding port {one.port}: {printable(str(cause), _TEXT)}"
+                end = self.protocol.broke if isinstance(cause, PortBroke) else self.protocol.fail
+                end(ident, text)
             elif not isinstance(cause, ClientGone):  # its reader notices as well
                 raise
 
@@ -146,6 +148,9 @@ class ForwardSession(Session):
             port.close()
 
     async def _up(self, port: PodPort, one: Forwarded) -> None:
-        while pieces := await one.up.take(_AT_ONCE):
-            await port.send(pieces)
-        await port.end()
+        try:
+            while pieces := await one.up.take(_AT_ONCE):
+                await port.send(pieces)
+            await port.end()
+        except PortBroke:  # what it has answered before is still to be read: that tells the end
+            one.up.discard()

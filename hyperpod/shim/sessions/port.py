@@ -10,10 +10,15 @@ from hyperpod.shim.dialer import AgentDialer
 from hyperpod.shim.sessions.direct import connect, taken
 from hyperpod.shim.sessions.socket import Buffer, StreamSocket
 from hyperpod.wire.portpipe import HostPort
+from hyperpod.wire.stdio import StreamRefused
+
+
+class PortBroke(HyperpodError):
+    """The connection was made, and the pod's side broke it off: its own affair, no failure of the forwarding."""
 
 
 class PodPort:
-    """Each method raises HyperpodError when the connection breaks."""
+    """Each method raises PortBroke, and HyperpodError when the agent or its connection fails."""
 
     async def receive(self) -> Sequence[Buffer]:
         """What has come; empty at the end."""
@@ -57,15 +62,23 @@ class FramedPort(PodPort):
 
     async def open(self, data: bytes) -> None:
         self._link.write([self.pipe.start()])
-        self._early = self.pipe.feed(data)
+        self._early = self._feed(data)
         while not self.pipe.opened:
-            self._early += self.pipe.feed(await self._receive())
+            self._early += self._feed(await self._receive())
 
     async def receive(self) -> Sequence[Buffer]:
-        payloads, self._early = self._early, []
+        payloads, self._early = self._early or self._feed(b""), []
         while not payloads and not self.pipe.ended:
-            payloads = self.pipe.feed(await self._receive())
+            payloads = self._feed(await self._receive())
         return payloads
+
+    def _feed(self, data: bytes) -> list[bytes | memoryview]:
+        try:
+            return self.pipe.feed(data)
+        except StreamRefused as exc:
+            if self.pipe.opened:
+                raise PortBroke(str(exc)) from exc
+            raise
 
     async def _receive(self) -> bytes:
         try:
@@ -121,8 +134,8 @@ class DirectPort(PodPort):
         except OSError as exc:
             raise self._broken(exc) from exc
 
-    def _broken(self, exc: OSError) -> HyperpodError:
-        return Unavailable(f"the connection to port {self._number} broke: {exc.strerror}")
+    def _broken(self, exc: OSError) -> PortBroke:
+        return PortBroke(f"the connection to port {self._number} broke: {exc.strerror}")
 
     def close(self) -> None:
         self._link.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import select
 import socket
@@ -113,7 +114,7 @@ class StreamSocket:
         if not self._writing:
             self._flush()
         if self._queued > _HOPELESS:
-            self._fail(ConnectionAbortedError("the client does not read"))
+            self._fail(ConnectionAbortedError(errno.ECONNABORTED, "the client does not read"))
 
     async def drain(self, below: int = HIGH_WATER) -> None:
         """Wait until at most `below` bytes are queued. Raises OSError."""
@@ -168,7 +169,7 @@ class StreamSocket:
 
     def close(self) -> None:
         """Also while somebody reads, who then never hears of it."""
-        self._fail(ConnectionAbortedError("closed"))
+        self._fail(ConnectionAbortedError(errno.ECONNABORTED, "closed"))
         if self._sock.fileno() >= 0:
             # A watch that outlived its descriptor would hit the next one with the same number.
             self._loop.remove_reader(self._sock.fileno())
