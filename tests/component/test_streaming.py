@@ -189,7 +189,7 @@ async def test_a_command_that_cannot_run(pod: StreamPod, argv: str, code: int) -
     async with asyncio.timeout(10):
         out, err, status = await (await Command.open(pod.exec_url(container, argv))).result()
     assert exit_code(status) == code
-    assert argv.rpartition("/")[2] in err.decode()
+    assert argv.rpartition("/")[2][:200] in err.decode()
     assert out == b""
 
 
