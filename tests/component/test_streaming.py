@@ -182,8 +182,18 @@ async def test_exec_on_a_terminal(pod: StreamPod) -> None:
     assert exit_code(status) == 3
 
 
-@pytest.mark.parametrize(("argv", "code"), [("/no/such/program", 127), ("nowhere", 127), ("/etc/notes", 126), ("/etc", 126),
-                                              ("/etc/notes/x", 126), ("", 126), ("x" * 300, 126)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        ("/no/such/program", 127),
+        ("nowhere", 127),
+        ("/etc/notes", 126),
+        ("/etc", 126),
+        ("/etc/notes/x", 126),
+        ("", 126),
+        ("x" * 300, 126),
+    ],
+)
 async def test_a_command_that_cannot_run(pod: StreamPod, argv: str, code: int) -> None:
     container = await pod.run("sleep", "1000")
     async with asyncio.timeout(10):
