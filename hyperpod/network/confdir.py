@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,13 +54,15 @@ class ConfDir:
             )
         path = files[0]
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # reading a FIFO would wait for somebody to write
+                return f"{path}: not a file; remove it"
             with path.open("rb") as file:
                 raw = file.read(MAX_DOCUMENT + 1)
             return parse_conflist(str(path), raw.decode())
         except OSError as exc:
-            return f"{path}: {exc.strerror}"
+            return f"{path}: {exc.strerror}; mend or remove this file"
         except UnicodeDecodeError:
-            return f"{path}: not UTF-8"
+            return f"{path}: not UTF-8; mend or remove this file"
         except NetworkError as exc:
             return f"{exc}; mend or remove this file"
 
@@ -85,6 +88,6 @@ class ConfDir:
 def _facts(path: Path) -> tuple[object, ...]:
     """Changes whenever the file does."""
     with contextlib.suppress(OSError):
-        stat = path.stat()
-        return str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns
+        found = path.stat()
+        return str(path), found.st_ino, found.st_size, found.st_mtime_ns
     return str(path), None

@@ -400,6 +400,10 @@ def test_the_first_file_decides_and_is_read_again(network: Network, tmp_path: Pa
     with pytest.raises(NetworkError, match=r"05-first.conf: not JSON.*mend or remove this file"):
         conf.current()
     (network.conf_dir / "05-first.conf").unlink()
+    os.mkfifo(network.conf_dir / "05-first.conf")
+    with pytest.raises(NetworkError, match=r"05-first.conf: not a file; remove it"):
+        conf.current()
+    (network.conf_dir / "05-first.conf").unlink()
     (network.conf_dir / "00-notes.txt").write_text("not a configuration")
     (network.conf_dir / "00-old.conflist").mkdir()
     assert conf.current().name == network.name
