@@ -74,23 +74,53 @@ def mount(
 def mount_writable(
     layout: Layout, container: str, spec: dict[str, Any], paths: Sequence[str], user: PodUser | None
 ) -> None:
-    """Bind folders of the container's root beside it, where its being read-only does not reach, and fill in the
-    sources of their mounts; one that the image has not is a new one. What is no folder stays read-only. Blocks."""
-    for number, path in enumerate(paths):
-        [item] = [item for item in spec["mounts"] if item["destination"] == path]
-        item["source"] = target = f"{_folder(layout, container)}/w{number}"
-        os.makedirs(_folder(layout, container), exist_ok=True)
+    """Folders that the image declares as volumes, each of which has a mount in the OCI spec: one that the image has
+    not is a new one. One that it has is bound beside the root, where that one's being read-only does not reach;
+    in a writable root it is as it is. What is no folder stays what it is. Blocks."""
+    root = os.open(spec["root"]["path"], os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for number, path in enumerate(paths):
+            [item] = [item for item in spec["mounts"] if item["destination"] == path]
+            item["source"] = target = f"{_folder(layout, container)}/w{number}"
+            os.makedirs(_folder(layout, container), exist_ok=True)
+            if _is_free(root, path):
+                _bind_new(f"{layout.writable(container)}/v{number}", target, user)
+            elif not spec["root"]["readonly"]:
+                spec["mounts"].remove(item)
+            else:
+                try:
+                    _bind_inside(spec["root"]["path"], path, target, "the volume that the image declares")
+                except HyperpodError as exc:
+                    log.info("container %s: %s", container[:12], exc)
+                    spec["mounts"].remove(item)
+    finally:
+        os.close(root)
+
+
+def _bind_new(folder: str, target: str, user: PodUser | None) -> None:
+    os.mkdir(folder, 0o755)
+    if user is not None:
+        user.own(folder)
+    os.mkdir(target)
+    linux.mount(folder, target, "", linux.MS_BIND)
+
+
+def _is_free(root: int, path: str) -> bool:
+    """Whether a folder can be made there: nothing is, nor a link on the way that leads nowhere."""
+    parts = path.strip("/").split("/")
+    for count in range(1, len(parts) + 1):
+        above = "/".join(parts[:count])
         try:
-            _bind_inside(spec["root"]["path"], path, target, "the volume that the image declares")
-        except NotFound:
-            fresh = f"{layout.writable(container)}/v{number}"
-            os.mkdir(fresh, 0o755)
-            if user is not None:
-                user.own(fresh)
-            linux.mount(fresh, target, "", linux.MS_BIND)
-        except HyperpodError as exc:
-            log.info("container %s: %s", container[:12], exc)
-            spec["mounts"].remove(item)
+            os.close(linux.open_in_root(root, above, os.O_PATH))
+        except FileNotFoundError:
+            try:
+                os.close(linux.open_in_root(root, above, os.O_PATH | os.O_NOFOLLOW))
+            except FileNotFoundError:
+                return True
+            return False
+        except OSError:  # a file on the way, or links in a circle
+            return False
+    return False
 
 
 def unmount(layout: Layout, container: str) -> None:

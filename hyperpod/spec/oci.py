@@ -8,7 +8,8 @@ Environment: an OCI spec is JSON, so it can carry UTF-8 only (crun's parser refu
 escaped code point into its UTF-8). Variables that are not UTF-8 are in `process.binaryEnv`, a list of ours with
 the hexadecimal digits of each; the agent takes it out and hands them to the process past crun.
 
-`root.writable` is a list of ours, too: destinations of mounts whose source is that folder of the root itself.
+`root.writable` is a list of ours, too: destinations of mounts whose source is that folder of the root itself, or a
+new one where the root has none.
 """
 
 from __future__ import annotations
@@ -97,13 +98,13 @@ class ContainerSpecInput:
 
 def build_spec(spec: ContainerSpecInput) -> bytes:
     """UTF-8 JSON of the whole spec. Raises InvalidArgument that names what cannot be."""
-    writable: list[str] = []
-    if spec.readonly_rootfs:
-        taken = {mount["destination"] for mount in spec.mounts}
-        # What propagates shows the host's folders; a bind on one of them would stay there.
-        shared = tuple(f"{m['destination']}/" for m in spec.mounts if "rshared" in m.get("options", ()))
-        found = imagevolumes.declared(spec.declared_volumes, taken)
-        writable = [path for path in found if not path.startswith(shared)]
+    taken = {mount["destination"] for mount in spec.mounts}
+    # What propagates shows the host's folders; a bind on one of them would stay there. With a writable root only
+    # what the root lacks is needed, and what the request mounts is not the root's.
+    kept = [m for m in spec.mounts if not spec.readonly_rootfs or "rshared" in m.get("options", ())]
+    inside = tuple(f"{mount['destination']}/" for mount in kept)
+    found = imagevolumes.declared(spec.declared_volumes, taken)
+    writable = [path for path in found if not path.startswith(inside)]
     volumes = [imagevolumes.declared_mount(path) for path in writable]
     document: dict[str, Any] = {
         "ociVersion": "1.0.2",

@@ -131,3 +131,23 @@ async def test_more_than_a_message_takes_is_refused_by_name(agent: AgentKit) -> 
     many = [ImageVolume(f"/{n}", agent.place.layers * 100) for n in range(2000)]
     with pytest.raises(InvalidArgument, match="specification is .* bytes, too large"):
         await agent.create(spec=ContainerSpecInput(args=("true",)), image_volumes=many)
+
+
+@pytest.mark.parametrize("readonly", [False, True])
+async def test_volumes_of_the_own_image(agent: AgentKit, readonly: bool) -> None:
+    """The kit's image has /etc/notes; a folder that it has stays as it is, one that it lacks is new."""
+    spec = ContainerSpecInput(
+        args=(
+            "/bin/sh",
+            "-c",
+            "for d in /etc /new/deep /etc/notes/x; do echo x > $d/made && echo $d; done; cat /etc/notes",
+        ),
+        env=(b"PATH=/bin",),
+        readonly_rootfs=readonly,
+        declared_volumes=("/etc", "/new/deep", "/etc/notes/x"),
+    )
+    ident = await agent.create(spec=spec)
+    await agent.client.start_container(ident)
+    async with agent.output(ident) as stream:
+        out = (await stream.read_all()).decode()
+    assert out.splitlines() == ["/etc", "/new/deep", "not a program"]

@@ -84,8 +84,10 @@ def test_volumes_of_an_image() -> None:
     assert spec["root"]["writable"] == ["/data", "/a/b", "/up"]
     asked = [m["destination"] for m in spec["mounts"]][-4:]
     assert asked == ["/mine", "/data", "/up", "/a/b"], "parents first"
-    spec = built(declared_volumes=names, mounts=(mine,))
-    assert "writable" not in spec["root"], "a writable root has them as they are"
+    spec = built(declared_volumes=(*names, "/mine/in"), mounts=(mine,))
+    assert spec["root"]["writable"] == ["/data", "/a/b", "/up"], "a writable root may not have them"
+    spec = built(mounts=(mine,))
+    assert "writable" not in spec["root"]
     assert [m["destination"] for m in spec["mounts"]][-1] == "/mine"
 
 

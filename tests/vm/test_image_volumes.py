@@ -227,19 +227,33 @@ async def test_an_image_in_use_may_be_removed_and_is_kept(
         assert len(layer_files(own_daemon)) == len(before) - 2
 
 
-async def test_a_volume_of_the_own_image_is_writable_below_a_read_only_root(client: Cri, pod_id: str) -> None:
-    layer = imagekit.tar(imagekit.folder("data"), imagekit.Item("data/file", b"of the image\n"))
-    built = imagekit.image(
-        busybox.layer(Path("/bin/busybox").read_bytes()), layer, config={"Volumes": {"/data": {}, "/new": {}}}
+@pytest.mark.parametrize("readonly", [False, True], ids=["writable root", "read-only root"])
+async def test_volumes_of_the_own_image_are_there_and_writable(
+    client: Cri, pod_id: str, readonly: bool
+) -> None:
+    """Those that it has no folder for, too; what no folder can be made for is in nobody's way."""
+    layer = imagekit.tar(
+        imagekit.folder("data"),
+        imagekit.Item("data/file", b"of the image\n"),
+        imagekit.symlink("link", "/nowhere"),
+        imagekit.symlink("good", "/data"),
     )
-    path = imagekit.write_layout(client.daemon.base / "volumes", built, "docker.io/example/volumes:1")
+    volumes: dict[str, dict[str, str]] = {
+        path: {} for path in ("/data", "/new/deep", "/data/file/x", "/link/x", "/good/in")
+    }
+    built = imagekit.image(
+        busybox.layer(Path("/bin/busybox").read_bytes()), layer, config={"Volumes": volumes}
+    )
+    name = f"docker.io/example/volumes:{'ro' if readonly else 'rw'}"
+    path = imagekit.write_layout(client.daemon.base / f"volumes-{readonly}", built, name)
     await client.admin.load(LoadRequest(path=str(path)))
-    context = cri.LinuxContainerSecurityContext(readonly_rootfs=True)
+    context = cri.LinuxContainerSecurityContext(readonly_rootfs=readonly)
     container = await client.sh(
         pod_id,
-        "cat /data/file; for d in /data /new /; do (echo x > $d/made) 2>/dev/null && echo $d; done",
-        image=cri.ImageSpec(image="docker.io/example/volumes:1"),
+        "cat /data/file; for d in /data /new/deep /data/in /; do (echo x > $d/made) 2>/dev/null && echo $d; done",
+        image=cri.ImageSpec(image=name),
         linux=cri.LinuxContainerConfig(security_context=context),
     )
     await client.wait(container)
-    assert [text for _, _, text in await client.log(container)] == ["of the image", "/data", "/new"]
+    folders = ["/data", "/new/deep", "/data/in", *(() if readonly else ("/",))]
+    assert [text for _, _, text in await client.log(container)] == ["of the image", *folders]
