@@ -39,6 +39,7 @@ from hyperpod.errors import (
 from hyperpod.tasks import TaskOwner, bounded
 
 if TYPE_CHECKING:
+    from hyperpod.agent.containers import OciSpec
     from hyperpod.agent.hostplace import HostProcesses
     from hyperpod.agent.imagemount import ImageVolume
     from hyperpod.agent.userns import PodUser
@@ -255,6 +256,8 @@ class Container:
         self.pid_target: Container | None = None
         self.namespaces: list[dict[str, Any]] = []
         """Of its OCI spec."""
+        self._spec: OciSpec | None = None
+        """Until it is started."""
         self._cwd = "/"
         self._variables: envexec.Variables | None = None
         self._exited: asyncio.Future[int] | None = None
@@ -274,13 +277,13 @@ class Container:
 
     async def prepare(
         self,
-        spec: dict[str, Any],
+        given: OciSpec,
         layers: list[LayerSource],
         wanted: Security | None,
         volumes: Sequence[ImageVolume] = (),
     ) -> None:
-        """Mount root and image volumes and write the bundle. Nothing is left when it fails."""
-        layout = self.tools.layout
+        """Mount root and image volumes and complete the OCI spec. Nothing is left when it fails."""
+        layout, spec = self.tools.layout, given.document
         if not layers:
             raise InvalidArgument(f"container {self.id[:12]} has no layers")
         every = [*layers, *(layer for volume in volumes for layer in volume.layers)]
@@ -311,7 +314,7 @@ class Container:
             podfiles.add_mounts(layout, spec)
             self._variables = envexec.take(spec["process"])
             self.namespaces, self._cwd = spec["linux"]["namespaces"], str(spec["process"]["cwd"])
-            _write_json(f"{layout.bundle(self.id)}/config.json", spec)
+            self._spec = given
         except (HyperpodError, OSError, KeyError, TypeError) as exc:
             await self._undo()
             if isinstance(exc, HyperpodError):
@@ -345,10 +348,12 @@ class Container:
                 return self.status.pid
             if self.status.state is not State.CREATED or self._removed:
                 raise FailedPrecondition(f"container {self.id[:12]} is {self.status.state.name}, not CREATED")
-            tools = self.tools
+            tools, spec = self.tools, self._spec
+            assert spec is not None
             if self.pid_target is not None:
-                self._join(self.pid_target)
+                self._join(spec.document, self.pid_target)
             try:
+                spec.write(f"{tools.layout.bundle(self.id)}/config.json")
                 pid, exited = await tools.launch(
                     self.io,
                     self._variables,
@@ -359,7 +364,7 @@ class Container:
                 await self._clear_cgroup()
                 tools.crun.forget(self.id)
                 raise
-            self._exited = exited
+            self._exited, self._spec = exited, None
             self.status = replace(self.status, state=State.RUNNING, pid=pid, started_at_ns=time.time_ns())
             tools.owner.spawn(f"exit/{self.id[:12]}", self._wait(exited))
             return pid
@@ -384,9 +389,8 @@ class Container:
                 raise InvalidArgument(f"container {self.id[:12]}: {exc!r}") from exc
             if self._removed or self.status.state is State.EXITED:
                 raise FailedPrecondition(f"container {self.id[:12]} has ended")
-            bundle = self.tools.layout.bundle(self.id)
             if self.status.state is State.RUNNING:
-                path = f"{bundle}/resources.json"
+                path = f"{self.tools.layout.bundle(self.id)}/resources.json"
                 _write_json(path, fitted)
                 try:
                     await self.tools.crun.update(self.id, path)
@@ -395,24 +399,19 @@ class Container:
                 if lifts_quota(self.tools.cgroups, resources):
                     self.tools.cgroups.lift_quota(self.cgroup)
                 return
-            with open(f"{bundle}/config.json") as file:
-                spec = json.load(file)
-            spec["linux"]["resources"] = {"devices": spec["linux"]["resources"].get("devices", []), **fitted}
-            _write_json(f"{bundle}/config.json", spec)
+            assert self._spec is not None
+            section = self._spec.document["linux"]
+            section["resources"] = {"devices": section["resources"].get("devices", []), **fitted}
 
-    def _join(self, target: Container) -> None:
-        """Write the target's pid namespace into the bundle. Raises FailedPrecondition when it does not run."""
+    def _join(self, spec: dict[str, Any], target: Container) -> None:
+        """Put the target's pid namespace into the spec. Raises FailedPrecondition when it does not run."""
         try:
             pid = target.first_process()
         except FailedPrecondition as exc:
             raise FailedPrecondition(f"its processes are to be seen by {self.id[:12]}, but {exc}") from exc
-        path = f"{self.tools.layout.bundle(self.id)}/config.json"
-        with open(path) as file:
-            spec = json.load(file)
         namespaces = [item for item in spec["linux"]["namespaces"] if item["type"] != "pid"]
         namespaces.append({"type": "pid", "path": f"/proc/{pid}/ns/pid"})
         spec["linux"]["namespaces"] = namespaces
-        _write_json(path, spec)
 
     async def _wait(self, exited: asyncio.Future[int]) -> None:
         """From the end of the first process to the report of it."""

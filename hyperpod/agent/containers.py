@@ -41,6 +41,43 @@ def parse_object(what: str, data: bytes) -> dict[str, Any]:
     return parsed
 
 
+_FILTER = b',"seccomp":{'
+"""In JSON this is a member and nothing else: in a string the quotes would be escaped, and after a string that ends
+with the comma no name could follow."""
+
+_ENDS = b"}}"
+"""Of `linux` and of the whole."""
+
+
+class OciSpec:
+    """From a request to crun's file. Most of its text is the seccomp filter, which is the host's business alone and
+    is neither parsed nor encoded again: `document` is all but that. It is looked for where the host puts it, at the
+    end of `linux`, which is last (spec/oci.py); anywhere else it is a part of the document."""
+
+    def __init__(self, data: bytes) -> None:
+        """Raises InvalidArgument."""
+        head, key, rest = data.partition(_FILTER)
+        self._filter = b""
+        if key and rest.endswith(b"}" + _ENDS):
+            self._filter, data = key + rest.removesuffix(_ENDS), head + _ENDS
+        self.document = parse_object("the OCI spec", data)
+        self._check()
+
+    def _check(self) -> None:
+        """What closes last is what was open where the filter begins, or it would land elsewhere."""
+        if self._filter and next(reversed(self.document)) != "linux":
+            raise InvalidArgument("the OCI spec has a seccomp filter outside of its last member, linux")
+
+    def write(self, path: str) -> None:
+        """Raises OSError."""
+        self._check()
+        text = json.dumps(self.document).encode()
+        if self._filter:
+            text = text.removesuffix(_ENDS) + self._filter + _ENDS
+        with open(path, "wb") as file:
+            file.write(text)
+
+
 class Containers:
     """Each method is one RPC of the agent's API (agent.proto), and raises hyperpod errors."""
 
@@ -86,7 +123,7 @@ class Containers:
     ) -> Container:
         """One that is there, or being made, is what is asked for again: ids are random, the answer was lost."""
         check_id("container", ident, 64)
-        document = parse_object("the OCI spec", spec)
+        parsed = OciSpec(spec)
         making = self._operations.running(f"create/{ident}")
         if not making and (there := self._known.get(ident)) is not None:
             return there
@@ -102,7 +139,7 @@ class Containers:
             try:
                 if share:
                     await self.tools.share.use(share, submounts)
-                await made.prepare(document, layers, security, image_volumes)
+                await made.prepare(parsed, layers, security, image_volumes)
             except BaseException:
                 del self._known[ident]
                 raise

@@ -24,9 +24,9 @@ from hyperpod.agent.pidholder import PidNamespace, hold_pid_namespace
 from hyperpod.agent.userns import IdMap, PodUser
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import InvalidArgument
+from hyperpod.spec.capabilities import NUMBERS
 
 SHM_SIZE = "64m"
-_CAP_SYS_RESOURCE = 24
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,9 @@ class HostProcesses:
 
     def __init__(self, pids: PidNamespace | None = None, user: PodUser | None = None) -> None:
         self.pids, self.user = pids, user
-        self._limited = not _permitted() >> _CAP_SYS_RESOURCE & 1
+        mine = _permitted()  # which nobody changes but this process itself, and it does not
+        self._has = {name: bool(mine >> number & 1) for name, number in NUMBERS.items()}
+        self._limited = not self._has["CAP_SYS_RESOURCE"]
 
     def complete(self, spec: dict[str, Any]) -> None:
         """Of a container: the pod's pid namespace, and what the first process may have."""
@@ -157,9 +159,8 @@ class HostProcesses:
     def fit(self, process: dict[str, Any]) -> None:
         """What this agent has not it cannot give: capabilities that the host keeps from it, higher limits. And
         what it has it does not hand down: its own OOM score. (All capabilities are there in a user namespace.)"""
-        mine = _permitted()
         for kind, names in process.get("capabilities", {}).items() if self.user is None else ():
-            process["capabilities"][kind] = [name for name in names if mine >> _number(name) & 1]
+            process["capabilities"][kind] = [name for name in names if self._has[name]]
         if self._limited:
             for limit in process.get("rlimits", []):
                 _, hard = resource.getrlimit(getattr(resource, limit["type"]))
@@ -178,9 +179,3 @@ def _permitted() -> int:
 def _oom_score() -> int:
     with open("/proc/self/oom_score_adj") as file:
         return int(file.read())
-
-
-def _number(capability: str) -> int:
-    from hyperpod.spec.capabilities import NUMBERS
-
-    return NUMBERS[capability]

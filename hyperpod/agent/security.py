@@ -20,7 +20,7 @@ FILE_LIMIT = 1 << 20
 """Bytes of an image's passwd or group file; 10,000 users have 0.7 MB."""
 
 QUICK = 16 << 10
-"""Bytes that are read and parsed within a millisecond."""
+"""Bytes of one that are read and parsed within a millisecond, for which a thread would cost more than they do."""
 
 _NO_DEVICES = frozenset({"pts", "shm", "fd", "mqueue", "console", "ptmx"})
 """Below /dev: made by the runtime for each container, or no devices."""
@@ -44,10 +44,11 @@ async def apply(spec: dict[str, Any], wanted: Security, *, bind_devices: bool = 
     Raises InvalidArgument, FailedPrecondition."""
     user = spec["process"]["user"]
     root, supplemental = spec["root"]["path"], user["additionalGids"]
-    if _is_quick(root):
-        found = _identity(root, wanted, supplemental)
-    else:  # off the event loop: a hostile image's files take a while, and another container's exit must not wait
-        found = await asyncio.to_thread(_identity, root, wanted, supplemental)
+    try:
+        found = _identity(root, wanted, supplemental, QUICK)
+    except _LargeError:
+        # Off the event loop: a hostile image's files take a while, and another container's exit must not wait.
+        found = await asyncio.to_thread(_identity, root, wanted, supplemental, FILE_LIMIT)
     user.update(uid=found.uid, gid=found.gid, additionalGids=list(found.groups))
     devices = spec["linux"].setdefault("devices", [])
     rules = spec["linux"]["resources"]["devices"]
@@ -81,7 +82,12 @@ def complete(process: dict[str, Any], lacking: tuple[str, ...]) -> None:
     process["env"] += [item for item in lacking if item.partition("=")[0] not in given]
 
 
-def _identity(root: str, wanted: Security, supplemental: list[int]) -> Identity:
+class _LargeError(Exception):
+    """A file is larger than asked for."""
+
+
+def _identity(root: str, wanted: Security, supplemental: list[int], most: int) -> Identity:
+    """Raises _LargeError for files of more than `most` bytes, InvalidArgument, OSError."""
     from hyperpod.spec.users import resolve  # not needed before the first container
 
     folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -90,33 +96,16 @@ def _identity(root: str, wanted: Security, supplemental: list[int]) -> Identity:
             wanted.user,
             supplemental,
             strict=wanted.strict_groups,
-            passwd=lambda: read_in_root(folder, "etc/passwd"),
-            group=lambda: read_in_root(folder, "etc/group"),
+            passwd=lambda: read_in_root(folder, "etc/passwd", most),
+            group=lambda: read_in_root(folder, "etc/group", most),
         )
     finally:
         os.close(folder)
 
 
-def _is_quick(root: str) -> bool:
-    """Whether both files are as small as usual, for which a thread would cost more than they do."""
-    folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for path in ("etc/passwd", "etc/group"):
-            with contextlib.suppress(FileNotFoundError):
-                fd = linux.open_in_root(folder, path, os.O_PATH)
-                size = os.fstat(fd).st_size
-                os.close(fd)
-                if size > QUICK:
-                    return False
-    except OSError:  # which is told when it is read
-        return False
-    finally:
-        os.close(folder)
-    return True
-
-
-def read_in_root(root: int, path: str) -> bytes:
-    """A file of an image, which may be anything; empty when there is none. Raises InvalidArgument."""
+def read_in_root(root: int, path: str, most: int = FILE_LIMIT) -> bytes:
+    """A file of an image, which may be anything; empty when there is none. Raises InvalidArgument, and _LargeError
+    for one of more than `most` bytes."""
     try:
         # By path only: opening a device or a FIFO for reading would do something to it.
         fd = linux.open_in_root(root, path, os.O_PATH)
@@ -125,15 +114,17 @@ def read_in_root(root: int, path: str) -> bytes:
     except OSError as exc:
         raise InvalidArgument(f"the image's /{path}: {exc.strerror}") from exc
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             raise InvalidArgument(f"the image's /{path} is not a file")
-        with open(f"/proc/self/fd/{fd}", "rb") as file:
-            content = file.read(FILE_LIMIT + 1)
+        if status.st_size > FILE_LIMIT:
+            raise InvalidArgument(f"the image's /{path} is larger than {FILE_LIMIT} bytes")
+        if status.st_size > most:
+            raise _LargeError
+        with open(f"/proc/self/fd/{fd}", "rb", buffering=0) as file:
+            return file.read(status.st_size)
     finally:
         os.close(fd)
-    if len(content) > FILE_LIMIT:
-        raise InvalidArgument(f"the image's /{path} is larger than {FILE_LIMIT} bytes")
-    return content
 
 
 def _device(path: str, inside: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from hyperpod.agentclient.protocol import AgentProtocol
 from hyperpod.agentclient.wakeup import CallWrapper, DeadlineCallWrapper
 from hyperpod.errors import ConnectionLost, InvalidArgument, ProtocolError, ResourceExhausted
 from hyperpod.rpc import strict
+from hyperpod.rpc.encode import encode
 
 MAX_MESSAGE = 64 * 1024
 """Bytes of one message from an agent."""
@@ -41,7 +42,7 @@ class BoundedCodec(CodecBase):
     __content_subtype__ = "proto"
 
     def encode(self, message: Any, message_type: Any) -> bytes:
-        return bytes(message)
+        return encode(message)
 
     def decode(self, data: bytes, message_type: Any) -> Any:
         """Raises ProtocolError for what is no message of this type, or has too many fields."""

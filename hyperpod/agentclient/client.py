@@ -42,6 +42,7 @@ from hyperpod.errors import (
 from hyperpod.logs import printable
 from hyperpod.model.network import GuestInterface
 from hyperpod.model.security import UserNamespace
+from hyperpod.rpc.encode import encode
 from hyperpod.spec.users import MAX_GROUPS, MAX_ID
 from hyperpod.vsock.dial import Endpoint
 from hyperpod.vsock.open import CONTROL_PORT, open_agent
@@ -176,7 +177,7 @@ class AgentClient:
                 for x in image_volumes
             ],
         )
-        if (size := len(bytes(request))) > MAX_REQUEST - 64 * 1024:
+        if (size := len(encode(request))) > MAX_REQUEST - 64 * 1024:
             raise InvalidArgument(f"the container's specification is {size} bytes, too large")
         user = (await self._call(lambda stub: stub.create_container, request, LONG)).user
         return None if user is None else _user(user)

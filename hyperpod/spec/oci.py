@@ -121,12 +121,13 @@ def build_spec(spec: ContainerSpecInput) -> bytes:
     }
     if writable:
         document["root"]["writable"] = writable
-    if spec.seccomp is not None:
-        document["linux"]["seccomp"] = spec.seccomp
     if spec.root_propagation:
         document["linux"]["rootfsPropagation"] = spec.root_propagation
     if spec.annotations:
-        document["annotations"] = dict(spec.annotations)
+        document = {"annotations": dict(spec.annotations), **document}
+    # Last of all: the agent leaves the text of a filter at the end as it is (OciSpec in agent/containers.py).
+    if spec.seccomp is not None:
+        document["linux"]["seccomp"] = spec.seccomp
     return _encode(document)
 
 

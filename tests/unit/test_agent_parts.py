@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperpod.agent import podfiles
-from hyperpod.agent.containers import check_id, parse_object
+from hyperpod.agent.containers import OciSpec, check_id, parse_object
 from hyperpod.agent.crun import failure
 from hyperpod.agent.events import KEPT, EventLog, Status
 from hyperpod.agent.layers import serial_in
@@ -22,6 +23,7 @@ from hyperpod.agent.rootfs import remove_tree
 from hyperpod.agentclient.channel import BoundedCodec
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import FailedPrecondition, InvalidArgument, NotFound, ProtocolError, Unavailable
+from hyperpod.spec.oci import ContainerSpecInput, build_spec
 
 
 @pytest.mark.parametrize(
@@ -144,3 +146,58 @@ def test_pod_files_are_bound_unless_the_request_mounts_there(tmp_path: Path) -> 
         ("/etc/resolv.conf", f"{tmp_path}/e/resolv.conf"),
     ]
     assert "ro" in spec["mounts"][1]["options"]
+
+
+# -- the OCI spec and its filter ---------------------------------------------------------------------------
+
+TEXT = st.one_of(
+    st.sampled_from(["seccomp", "linux", ',"seccomp":{', '"seccomp":{"a":{}}}}', ","]), st.text(max_size=20)
+)
+VALUES = st.recursive(
+    st.one_of(st.none(), st.integers(), TEXT),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
+    max_leaves=8,
+)
+OBJECTS = st.dictionaries(TEXT, VALUES, max_size=3)
+
+
+def compact(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def written(spec: OciSpec, folder: Path) -> Any:
+    spec.write(str(folder / "config.json"))
+    return json.loads((folder / "config.json").read_bytes())
+
+
+def test_a_filter_goes_through_as_it_is(tmp_path: Path) -> None:
+    profile = {
+        "defaultAction": "SCMP_ACT_ERRNO",
+        "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ALLOW"}],
+    }
+    data = build_spec(ContainerSpecInput(args=("a", ',"seccomp":{', 'b"}}}'), seccomp=profile))
+    whole, spec = json.loads(data), OciSpec(data)
+    assert "seccomp" not in spec.document["linux"] and whole["linux"]["seccomp"] == profile
+    whole["linux"]["devices"] = spec.document["linux"]["devices"] = [{"path": "/dev/x"}]
+    assert written(spec, tmp_path) == whole
+
+
+def test_no_filter_is_lost_wherever_it_is(tmp_path: Path) -> None:
+    late = b'{"linux":{"a":1,"seccomp":{"b":{}}},"annotations":{"c":"d"}}'
+    assert written(OciSpec(late), tmp_path) == json.loads(late)
+    with pytest.raises(InvalidArgument):
+        OciSpec(b'{"linux":{"a":1},"other":{"a":1,"seccomp":{"b":{}}}}')
+    spec = OciSpec(b'{"linux":{"a":1,"seccomp":{"b":{}}}}')
+    spec.document["added"] = {}
+    with pytest.raises(InvalidArgument):
+        written(spec, tmp_path)
+
+
+@given(OBJECTS, OBJECTS, OBJECTS)
+def test_any_spec_is_refused_or_written_as_it_came(
+    tmp_path_factory: pytest.TempPathFactory, before: Any, section: Any, profile: Any
+) -> None:
+    before.pop("linux", None)
+    document = {**before, "linux": {**section, "seccomp": profile}}
+    with contextlib.suppress(InvalidArgument):
+        assert written(OciSpec(compact(document)), tmp_path_factory.getbasetemp()) == document
