@@ -127,12 +127,6 @@ class Creator:
                 )
             )
             laps("agent")
-            # Not waited for: a container's first output comes after its start, and the shim's work would be in the
-            # way of the agent's. Who finds it prepared and without a log, after a crash, starts that again.
-            container.logging = self._owner.spawn(
-                f"log/{container.short}", self._known.log_to(container, sandbox, log)
-            )
-            log = None
             scores = [
                 c.record.config.resources.oom_score_adj
                 for c in self._known.of(sandbox.id)
@@ -140,7 +134,17 @@ class Creator:
             ]
             await self._known.sandboxes.builder(sandbox).weigh(sandbox, min(scores, default=0))
             known = user and User(uid=user.uid, gid=user.gid, groups=user.groups)
-            await settle_all(settled, self._known.set(container, prepared=True, user=known))
+            recorded = self._owner.spawn(
+                f"record/{container.short}", self._known.set(container, prepared=True, user=known)
+            )
+            # Not waited for: a container's first output comes after its start, and the shim's work would be in the
+            # way of the agent's; and begun after the record, so that it goes on while that waits for the disk.
+            # Who finds it prepared and without a log, after a crash, starts that again.
+            container.logging = self._owner.spawn(
+                f"log/{container.short}", self._known.log_to(container, sandbox, log)
+            )
+            log = None
+            await settle_all(settled, recorded)
             laps("record")
             failpoints.passing("container.prepared")
         except (HyperpodError, OSError):

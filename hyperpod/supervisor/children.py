@@ -9,17 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from betterproto2 import Message
+
 from hyperpod import logs
 from hyperpod.agent import main as agent
 from hyperpod.agent.hostplace import HostOptions
 from hyperpod.agent.listener import CONTROL_PORT, STDIO_PORT, listen_unix
 from hyperpod.api.gen.hyperpod.agent import v1
+from hyperpod.api.gen.hyperpod.agentstats import v1 as agentstats
 from hyperpod.shim import main as shim
 from hyperpod.shim.service import ShimOptions, Stored
 from hyperpod.supervisor import linux
 
 LATER = (
     "hyperpod.agent.sessions",
+    "hyperpod.agent.stats",
+    "hyperpod.agent.workdir",
     "hyperpod.mountapi",
     "hyperpod.spec.capabilities",
     "hyperpod.spec.sysctls",
@@ -29,11 +34,12 @@ LATER = (
 
 
 def preload() -> None:
-    """The first message costs most of what a start would: make it before anything is forked."""
+    """The first message of each kind evaluates its class: make it before anything is forked."""
     for name in LATER:
         importlib.import_module(name)
-    v1.HelloRequest.parse(bytes(v1.HelloRequest(api_version=1)))
-    bytes(v1.HelloResponse(api_version=1))
+    for kind in (*vars(v1).values(), *vars(agentstats).values()):
+        if isinstance(kind, type) and issubclass(kind, Message):
+            kind.parse(bytes(kind()))
 
 
 def agent_child(fields: dict[str, Any], log_level: str) -> Callable[[], int]:
