@@ -238,7 +238,8 @@ def namespace(process: Path) -> str:
 async def test_container_and_target(cri_client: Cri) -> None:
     pod = await run_pod(cri_client, pid=CONTAINER)
     target = await cri_client.sh(pod, "sleep 601", linux=context(pid=CONTAINER))
-    assert (await cri_client.exec(target, "cat", "/proc/1/cmdline")).stdout.startswith(b"sleep\x00601")
+    first = (await cri_client.exec(target, "cat", "/proc/1/cmdline")).stdout
+    assert b"sleep 601" in first.replace(b"\0", b" "), "it may be the shell still, which becomes sleep"
     debugger = await cri_client.sh(pod, "sleep 602", linux=context(pid=TARGET, target_id=target))
     assert b"sleep 601" in (await cri_client.exec(debugger, "ps")).stdout
     by_prefix = context(pid=TARGET, target_id=target[:12])
