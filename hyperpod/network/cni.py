@@ -83,7 +83,8 @@ class Cni:
         A plugin that is at it goes on when we end, and the next DEL waits for it: of half a DEL the other half is
         not always found again (bridge has the rules of ipMasq by the addresses of what it removes first).
         """
-        self.notes.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with contextlib.suppress(OSError):  # without a note it works as well, if nothing goes wrong
+            self.notes.mkdir(parents=True, exist_ok=True, mode=0o700)
         note = self.notes / attachment.container_id[:12]
         await outlived(note, self.timeout)
         network = _network(attachment)
