@@ -354,6 +354,16 @@ async def test_attach_with_stdin_once(pod: StreamPod) -> None:
     assert (await pod.agent.exit_of(container)).exit_code == 0
 
 
+async def test_stdin_once_ends_with_a_client_that_goes(pod: StreamPod) -> None:
+    """Without a word, as one that is killed: its input has ended, and what it sent is there."""
+    container = await pod.run("wc", "-c", stdin=True, stdin_once=True)
+    command = await Command.open(pod.attach_url(container, ALL), ALL)
+    await command.write(b"x" * 1000)
+    command.client.abort()
+    assert (await pod.agent.exit_of(container)).exit_code == 0
+    await eventually(lambda: b" 1000\n" in pod.log(container))
+
+
 async def test_attach_to_a_terminal_again_and_again(pod: StreamPod) -> None:
     container = await pod.run("sh", tty=True, stdin=True, stdin_once=True)
     for size in (30, 40):

@@ -258,6 +258,9 @@ class AttachSession(CommandSession):
             await self._output(tap, left)
         finally:
             tap.close()
+            if wanted.stdin:  # who has gone has ended its input, too; what it sent before counts
+                self.input.end()
+                await asyncio.wait({running}, timeout=_LEAVE)
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)

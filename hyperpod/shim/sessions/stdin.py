@@ -20,7 +20,7 @@ LIMIT = 1024 * 1024
 SMALL = 16 * 1024
 """Bytes; less is copied together: views of it would take more room than it, and keep all that was read at once."""
 
-_OPEN_TIMEOUT = 10.0
+_OPEN_TIMEOUT, _END_TIMEOUT = 10.0, 5.0
 
 
 class InputQueue:
@@ -231,13 +231,18 @@ class SharedStdins:
             return
         try:
             await link.pump(queue)
-            if once:
-                await link.end()
         except Unavailable as exc:
             log.info("input for %s: %s", container[:12], exc)
             queue.discard()
         finally:
-            await asyncio.shield(self._release(container))
+            await asyncio.shield(self._done(container, link, once=once))
+
+    async def _done(self, container: str, link: StdinLink, *, once: bool) -> None:
+        if once:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_END_TIMEOUT):  # another client may be at it
+                    await link.end()
+        await self._release(container)
 
     async def _acquire(self, container: str) -> StdinLink:
         async with self._changing:
