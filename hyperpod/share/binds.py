@@ -155,7 +155,7 @@ def _open(one: HostBind, table: dict[int, MountPoint], *, guest: bool) -> _Sourc
         below = _below(source, table) if folder else []
         # A copy of mounts below it is as old as itself: unless they follow the host's, a later one has to be made.
         alike = guest and (one.follow or not below)
-        shared = common.name(mount_id, status, _flags(one)) if alike else ""
+        shared = common.name(mount_id, status, _flags(one, mount)) if alike else ""
         walk = [one.place] if shared and folder else []
         if one.readonly and not one.recursive:
             walk += [f"{one.place}/{path}" for path, mount in below if not mount.readonly][:MAX_SUBMOUNTS]
@@ -231,9 +231,10 @@ def _below(source: int, table: dict[int, MountPoint]) -> list[tuple[str, MountPo
     return sorted(found, key=lambda item: item[0])
 
 
-def _flags(one: HostBind) -> str:
-    """Those that make another mount of the same source."""
-    flags = {"r": one.readonly, "R": one.recursive, "f": one.follow, "m": one.mapped}
+def _flags(one: HostBind, mount: MountPoint | None) -> str:
+    """Those that make another mount of the same source; also what the host has made of it meanwhile."""
+    host = mount is not None and mount.readonly
+    flags = {"r": one.readonly, "R": one.recursive, "f": one.follow, "m": one.mapped, "h": host}
     return "".join(letter for letter, wanted in flags.items() if wanted)
 
 

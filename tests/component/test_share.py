@@ -184,6 +184,21 @@ def test_containers_have_the_same_mount_of_the_same_source(server: FileServer, s
         assert list(server.share.iterdir()) == []
 
 
+def test_a_mount_is_not_shared_once_the_host_has_made_its_own_read_only(
+    server: FileServer, source: Path
+) -> None:
+    subprocess.run(["mount", "--bind", str(source), str(source)], check=True)
+    try:
+        with connected(server) as namespace:
+            put(namespace, server, [one(source)])
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(source)], check=True)
+            put(namespace, server, [one(source, 1)])
+            found = table(namespace)
+            assert [found[place(server, number)].readonly for number in (0, 1)] == [False, True]
+    finally:
+        subprocess.run(["umount", "-l", str(source)], check=True)
+
+
 def test_a_mount_point_without_its_mount_is_used(server: FileServer, source: Path) -> None:
     """As a crash leaves it."""
     with connected(server) as namespace:
