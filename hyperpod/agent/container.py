@@ -497,11 +497,15 @@ class Container:
             self._left = [old for old in (*self._left, found) if not old.leave(self.tools)]
 
     async def remove_exec(self, ident: str) -> None:
-        """An unknown one is fine."""
+        """Kill one that runs; what an ended one has left in the background goes on. An unknown one is fine."""
         found = self.execs.get(ident)
-        if found is not None and found.exited is not None:
-            del self.execs[ident]
-            await found.remove(self.tools)
+        if found is None or found.exited is None:
+            return
+        if found.exited.done():
+            await self.leave_exec(ident)
+            return
+        del self.execs[ident]
+        await found.remove(self.tools)
 
     async def remove(self) -> None:
         """Kill, unmount, forget. Raises Unavailable when its processes survive."""

@@ -67,6 +67,18 @@ async def test_exec_and_its_end(cri_client: Cri, pod: str) -> None:
     assert b"sleep 50" not in left.stdout
 
 
+async def test_what_a_command_leaves_in_the_background(cri_client: Cri, pod: str) -> None:
+    """A postStart hook may start a daemon. It ends with its container."""
+    container = await cri_client.run(pod, "sleep", "600")
+    script = "(while sleep 0.1; do touch /tmp/alive; done) >/dev/null 2>&1 & echo started"
+    for _ in range(2):  # what the first has left is looked at when the second is forgotten
+        assert (await cri_client.exec(container, "sh", "-c", script)).stdout == b"started\n"
+    check = "rm -f /tmp/alive; while [ ! -e /tmp/alive ]; do sleep 0.1; done"
+    assert (await cri_client.exec(container, "sh", "-c", check)).exit_code == 0
+    await cri_client.stop(container)
+    assert (await cri_client.wait(container)).exit_code == 137
+
+
 async def test_a_missing_program_is_a_start_error(cri_client: Cri, pod: str) -> None:
     container = await cri_client.create(pod, "/no/such/program")
     with pytest.raises(GRPCError, match="/no/such/program"):

@@ -1020,7 +1020,8 @@ class AgentStub(betterproto2_grpclib.ServiceStub):
         metadata: "MetadataLike | None" = None,
     ) -> "RemoveExecResponse":
         """
-        Kills what is left, forgets the exec and its streams. OK for an unknown id.
+        Kills an exec that runs; what an ended one has left in the background goes on. Forgets it and its streams. OK for
+        an unknown id.
         """
 
         return await self._unary_unary(
@@ -1208,7 +1209,8 @@ class AgentBase(betterproto2_grpclib.ServiceBase):
 
     async def remove_exec(self, message: "RemoveExecRequest") -> "RemoveExecResponse":
         """
-        Kills what is left, forgets the exec and its streams. OK for an unknown id.
+        Kills an exec that runs; what an ended one has left in the background goes on. Forgets it and its streams. OK for
+        an unknown id.
         """
 
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
