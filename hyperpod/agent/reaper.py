@@ -62,13 +62,27 @@ class Reaper:
         self._windows: dict[object, dict[int, int]] = {}
         # Not the loop's own add_signal_handler: to refuse coroutines it imports `inspect`, 65 ms in a guest.
         signal.signal(signal.SIGCHLD, self._wake)
+        # A signal that comes when the loop is about to sleep would be seen at the next event only, which may be
+        # hours away: so it writes to a pipe. A loop with handlers of its own has one, and puts that here later.
+        self._woken, self._waking = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._loop.add_reader(self._woken, self._wake_up)
+        signal.set_wakeup_fd(self._waking, warn_on_full_buffer=False)
 
     def close(self) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if (current := signal.set_wakeup_fd(-1)) != self._waking:
+            signal.set_wakeup_fd(current)
+        self._loop.remove_reader(self._woken)
+        os.close(self._woken)
+        os.close(self._waking)
 
     def _wake(self, _number: int, _frame: object) -> None:
         """Between two instructions of anything: only the loop may change what it changes."""
         self._loop.call_soon_threadsafe(self._reap)
+
+    def _wake_up(self) -> None:
+        os.read(self._woken, 4096)
+        self._reap()
 
     def _reap(self) -> None:
         while True:
