@@ -12,6 +12,7 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any
 
+from hyperpod.agent.cgroups import KILL_TIMEOUT
 from hyperpod.agent.process import Pipes, ProcessIO
 from hyperpod.agent.sessions import HANGUP_GRACE
 from hyperpod.errors import (
@@ -58,6 +59,7 @@ class Shell:
     def __init__(self, ident: str, cgroup: str, *, tty: bool, stdin: bool) -> None:
         self.id, self.cgroup = ident, cgroup
         self.io = ProcessIO(tty=tty, stdin=stdin, ends_with_peer=True, eof_closes=True)
+        self.pid = 0
         self.exited: asyncio.Future[int] | None = None
         self.held = asyncio.Event()
         """Its `process` stream has been opened."""
@@ -104,7 +106,7 @@ class Shells:
             name = os.ttyname(terminal[1]) if io.tty else ""
             script = _BEGINNING + " ".join(program)
             argv = [*program, "-c", script, "sh", name, *cgroups.member_files(shell.cgroup)]
-            pid, shell.exited = self.tools.reaper.spawn(
+            shell.pid, shell.exited = self.tools.reaper.spawn(
                 argv, *child, oom_score_adj=0, environment=environment
             )
             if io.tty:
@@ -117,7 +119,7 @@ class Shells:
                 if fd >= 0:
                     os.close(fd)
         shell.exited.add_done_callback(lambda _: io.process_ended())
-        return pid
+        return shell.pid
 
     def _get(self, ident: str) -> Shell:
         if (found := self._known.get(ident)) is None:
@@ -151,7 +153,7 @@ class Shells:
 
     async def _end(self, shell: Shell) -> None:
         try:
-            await self.tools.cgroups.kill(shell.cgroup)
+            await self._kill(shell)
         except HyperpodError as exc:
             log.warning("operator's shell %s: %s", shell.id, exc)
         finally:
@@ -159,6 +161,14 @@ class Shells:
                 log.warning("operator's shell %s has ended", shell.id)
             shell.io.close()
             self.tools.cgroups.remove(shell.cgroup if self._known else self._parent)
+
+    async def _kill(self, shell: Shell) -> None:
+        """Itself first: it may be about to join its cgroup, and then has nobody in there yet."""
+        assert shell.exited is not None
+        if not shell.exited.done():
+            os.kill(shell.pid, signal.SIGKILL)
+            await asyncio.wait([shell.exited], timeout=KILL_TIMEOUT)
+        await self.tools.cgroups.kill(shell.cgroup)
 
     async def close(self) -> None:
         """End all at once."""
