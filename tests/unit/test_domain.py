@@ -49,6 +49,11 @@ def parsed(spec: DomainSpec) -> ET.Element:
     return ET.fromstring(domain_xml(spec))
 
 
+def test_an_emulator_s_memory_is_bounded() -> None:
+    assert parsed(SPEC).findtext("features/tcg/tb-cache") == "128"
+    assert parsed(replace(SPEC, accelerator="kvm")).find("features/tcg") is None
+
+
 def test_identity_and_user() -> None:
     root = parsed(SPEC)
     tag = root.find(f"metadata/{{{NAMESPACE}}}sandbox")
