@@ -181,7 +181,8 @@ class _Exec:
             await self._sandbox.session.repeatable(lambda agent: agent.remove_exec(self._container, self.id))
 
     async def output(self) -> tuple[bytes, bytes]:
-        """stdout and stderr. A shim that dies before it has handed on a byte loses none: the next one is asked."""
+        """stdout and stderr. A shim that dies before the end loses nothing of some 64 KiB of each: the next one
+        begins anew."""
         for _ in range(COLLECTORS):
             ours, theirs = socket.socketpair()
             ours.setblocking(False)
@@ -189,20 +190,20 @@ class _Exec:
                 shim = await self._sandbox.living_shim()
                 with theirs, contextlib.suppress(Unavailable):
                     await shim.collect(self._container, self.id, tty=False, limit=LIMIT, fd=theirs.fileno())
-                with contextlib.suppress(_NothingYet):
+                with contextlib.suppress(_CutOffError):
                     return await _read(ours)
                 await self._sandbox.without(shim)
         raise GuestError("the shim went away again and again while it collected the output")
 
 
-class _NothingYet(Exception):
-    """The shim went away and had not handed on a byte."""
+class _CutOffError(Exception):
+    """The shim went away before the end."""
 
 
 async def _read(sock: socket.socket) -> tuple[bytes, bytes]:
     """Read the shim's records to their end. The shim is as little trusted as what it reads.
 
-    Raises GuestError for failed, ResourceExhausted for too much, _NothingYet."""
+    Raises GuestError for failed, ResourceExhausted for too much, _CutOffError."""
     reader, writer = await asyncio.open_connection(sock=sock)
     parts = {_STDOUT: bytearray(), _STDERR: bytearray()}
     left = LIMIT
@@ -222,8 +223,6 @@ async def _read(sock: socket.socket) -> tuple[bytes, bytes]:
             else:
                 raise GuestError(f"the output was lost: {printable(data, 500)}")
     except asyncio.IncompleteReadError as exc:
-        if not any(parts.values()) and not exc.partial:
-            raise _NothingYet from exc
-        raise GuestError("the shim went away while it collected the output") from exc
+        raise _CutOffError from exc
     finally:
         writer.close()

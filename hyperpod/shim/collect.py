@@ -89,7 +89,8 @@ class Collector:
                     await self._keep(self._kinds[stream], frame.payload)
                 if reader.gap_bytes:
                     raise GuestError(f"{reader.gap_bytes} bytes of {stream} are lost")
-                if reader.offset - reader.acked >= ACK_EVERY or reader.eof:
+                # No more often than it must be, nor at the end: what is not acknowledged the next shim can have.
+                if reader.offset - reader.acked >= ACK_EVERY and not reader.eof:
                     await loop.sock_sendall(sock, reader.ack(reader.offset))
                 if reader.eof:
                     return

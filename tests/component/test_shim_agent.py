@@ -110,6 +110,19 @@ async def test_a_dead_agent_leaves_a_log_of_whole_records(one: AgentPod) -> None
 async def test_an_execs_output_is_collected(one: AgentPod) -> None:
     container = await one.agent.start("sleep", "1000")
     exec_id = await one.agent.exec(container, "sh", "-c", "seq 100000; echo bad >&2")
+    got = await collected(one, container, exec_id)
+    assert got[STDOUT] == b"".join(b"%d\n" % i for i in range(1, 100_001))
+    assert got[STDERR] == b"bad\n"
+    small = await one.agent.exec(container, "sh", "-c", "seq 1000; echo bad >&2")
+    # As when a shim died after all but the last record.
+    first, again = [await collected(one, container, small) for _ in range(2)]
+    assert first == again
+    assert again[STDOUT] == b"".join(b"%d\n" % i for i in range(1, 1001))
+    await one.agent.client.remove_container(container)
+
+
+async def collected(one: AgentPod, container: str, exec_id: str) -> dict[int, bytes]:
+    """What the shim hands on, by kind."""
     ours, theirs = socket.socketpair()
     with theirs:
         await one.shim.collect(container, exec_id, tty=False, limit=1 << 24, fd=theirs.fileno())
@@ -122,9 +135,7 @@ async def test_an_execs_output_is_collected(one: AgentPod) -> None:
             if kind == END:
                 break
     writer.close()
-    assert got[STDOUT] == b"".join(b"%d\n" % i for i in range(1, 100_001))
-    assert got[STDERR] == b"bad\n"
-    await one.agent.client.remove_container(container)
+    return got
 
 
 async def test_a_stranger_gets_no_stream(one: AgentPod) -> None:

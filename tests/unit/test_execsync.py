@@ -51,15 +51,20 @@ async def test_both_streams_in_any_order() -> None:
         (record(STDOUT, b"x" * 65536),) * 300,
         (record(STDOUT, b"x"), record(STDOUT)),
         (record(77, b"x"),),
-        (record(STDOUT, b"x"),),
         (record(FAILED, b"because \x1b[31m"),),
     ],
-    ids=["huge", "endless", "empty", "unknown", "cut", "failed"],
+    ids=["huge", "endless", "empty", "unknown", "failed"],
 )
 async def test_a_shim_that_lies_is_an_error(sent: tuple[bytes, ...]) -> None:
     with pytest.raises(GuestError) as info:
         await read(*sent)
     assert "\x1b" not in str(info.value)
+
+
+@pytest.mark.parametrize("sent", [(), (record(STDOUT, b"x"),), (record(STDOUT, b"x")[:-1],), (b"\x01",)])
+async def test_an_output_without_its_end_is_asked_for_again(sent: tuple[bytes, ...]) -> None:
+    with pytest.raises(execsync._CutOffError):
+        await read(*sent)
 
 
 async def test_a_command_that_prints_too_much() -> None:
