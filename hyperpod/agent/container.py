@@ -496,16 +496,20 @@ class Container:
             del self.execs[ident]
             self._left = [old for old in (*self._left, found) if not old.leave(self.tools)]
 
-    async def remove_exec(self, ident: str) -> None:
+    async def forget_exec(self, ident: str) -> None:
         """Kill one that runs; what an ended one has left in the background goes on. An unknown one is fine."""
         found = self.execs.get(ident)
-        if found is None or found.exited is None:
-            return
-        if found.exited.done():
+        if found is not None and found.exited is not None and found.exited.done():
             await self.leave_exec(ident)
-            return
-        del self.execs[ident]
-        await found.remove(self.tools)
+        else:
+            await self.remove_exec(ident)
+
+    async def remove_exec(self, ident: str) -> None:
+        """And kill all that is left of it. An unknown one is fine."""
+        found = self.execs.get(ident)
+        if found is not None and found.exited is not None:
+            del self.execs[ident]
+            await found.remove(self.tools)
 
     async def remove(self) -> None:
         """Kill, unmount, forget. Raises Unavailable when its processes survive."""

@@ -189,11 +189,13 @@ class Containers:
             name, lambda: found.start_exec(ident, document, tty=tty, stdin=stdin)
         )
 
-    async def remove_exec(self, container: str, ident: str) -> None:
+    async def remove_exec(self, container: str, ident: str, *, kill: bool) -> None:
+        """`kill`: also what an ended one has left in the background, which goes on otherwise."""
         found = self._known.get(container)
         await self._operations.wait(f"exec/{container}/{ident}")
         if found is not None:
-            await self._operations.run(f"remove-exec/{container}/{ident}", lambda: found.remove_exec(ident))
+            end = found.remove_exec if kill else found.forget_exec
+            await self._operations.run(f"remove-exec/{container}/{ident}", lambda: end(ident))
 
     def stream(self, what: Open) -> Stream:
         """Raises NotFound."""

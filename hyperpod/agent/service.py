@@ -151,7 +151,7 @@ class AgentService(v1.AgentBase):
         return v1.KillExecResponse()
 
     async def remove_exec(self, message: v1.RemoveExecRequest) -> v1.RemoveExecResponse:
-        await self._containers.remove_exec(message.container_id, message.exec_id)
+        await self._containers.remove_exec(message.container_id, message.exec_id, kill=False)
         return v1.RemoveExecResponse()
 
     async def resize_tty(self, message: v1.ResizeTtyRequest) -> v1.ResizeTtyResponse:

@@ -125,7 +125,7 @@ class ProcessStream:
             found = self._container.exec(what.exec_id)
         except NotFound:  # not started: being started, or refused
             with contextlib.suppress(HyperpodError):
-                await self._containers.remove_exec(what.container, what.exec_id)
+                await self._containers.remove_exec(what.container, what.exec_id, kill=True)
             return
         if session.done():
             await self._container.leave_exec(what.exec_id)
@@ -134,6 +134,6 @@ class ProcessStream:
         cgroups.signal_all(found.cgroup, signal.SIGHUP)
         await asyncio.wait([session], timeout=HANGUP_GRACE)
         try:
-            await self._containers.remove_exec(what.container, what.exec_id)
+            await self._containers.remove_exec(what.container, what.exec_id, kill=True)
         except HyperpodError as exc:
             log.warning("exec %s: %s", what.exec_id, exc)

@@ -89,8 +89,8 @@ class Collector:
                     await self._keep(self._kinds[stream], frame.payload)
                 if reader.gap_bytes:
                     raise GuestError(f"{reader.gap_bytes} bytes of {stream} are lost")
-                # No more often than it must be, nor at the end: what is not acknowledged the next shim can have.
-                if reader.offset - reader.acked >= ACK_EVERY and not reader.eof:
+                # No more often than it must be: as long as nothing is acknowledged the next shim can have it all.
+                if reader.offset - reader.acked >= ACK_EVERY or (reader.eof and reader.acked):
                     await loop.sock_sendall(sock, reader.ack(reader.offset))
                 if reader.eof:
                     return
