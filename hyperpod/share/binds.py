@@ -117,10 +117,7 @@ def release(share: Path, container_id: str) -> None:
         try:
             fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                with os.scandir(fd) as entries:
-                    for entry in entries:
-                        remove = os.rmdir if entry.is_dir(follow_symlinks=False) else os.unlink
-                        remove(entry.name, dir_fd=fd)
+                common.empty(fd)
             finally:
                 os.close(fd)
             place.rmdir()

@@ -12,7 +12,7 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from hyperpod.spec.share import COMMON
@@ -36,6 +36,15 @@ def name(mount_id: int, status: os.stat_result, flags: str) -> str:
     return f"{mount_id}-{status.st_dev:x}-{status.st_ino:x}{flags}"
 
 
+def empty(folder: int, kept: Collection[str] = ()) -> None:
+    """Remove links and mount points, which unmounts the latter in other namespaces (binds.release)."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name not in kept:
+                remove = os.rmdir if entry.is_dir(follow_symlinks=False) else os.unlink
+                remove(entry.name, dir_fd=folder)
+
+
 def sweep(share: int) -> None:
     """Unmount what no link leads to any more, and remove the folder with the last one. The lock must be held.
 
@@ -45,12 +54,7 @@ def sweep(share: int) -> None:
     except FileNotFoundError:
         return
     try:
-        used = _linked(share)
-        for entry in os.scandir(common):
-            if entry.name not in used:
-                # rmdir and unlink unmount it in the other namespace (binds.release)
-                remove = os.rmdir if entry.is_dir(follow_symlinks=False) else os.unlink
-                remove(entry.name, dir_fd=common)
+        empty(common, _linked(share))
     finally:
         os.close(common)
     try:
