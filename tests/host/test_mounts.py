@@ -102,7 +102,7 @@ async def test_the_runtimes_own_mounts_stay_in_the_container(
     linux = PRIVILEGED if privileged else None
     etc = [cri.Mount(container_path="/etc", **at)]  # type: ignore[arg-type]
     container = await cri_client.sh(pod, "cat /etc/hosts; echo end; sleep 600", mounts=etc, linux=linux)
-    assert (await until_logged(cri_client, container))[-1] == "end"
+    assert (await until_logged(cri_client, container, 2))[-1] == "end"
     assert [line for line in Path("/proc/mounts").read_text().splitlines() if f"{shared}/" in line] == []
     assert list(shared.iterdir()) == [], "nor are there mount points"
 
