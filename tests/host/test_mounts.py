@@ -101,7 +101,9 @@ async def test_the_runtimes_own_mounts_stay_in_the_container(
     at = {"host_path": str(shared), "propagation": SHARED}
     linux = PRIVILEGED if privileged else None
     etc = [cri.Mount(container_path="/etc", **at)]  # type: ignore[arg-type]
-    container = await cri_client.sh(pod, "cat /etc/hosts; echo end; sleep 600", mounts=etc, linux=linux)
+    container = await cri_client.sh(
+        pod, "exec 2>&1; cat /etc/hosts; echo end; sleep 600", mounts=etc, linux=linux
+    )
     assert (await until_logged(cri_client, container, 2))[-1] == "end"
     assert [line for line in Path("/proc/mounts").read_text().splitlines() if f"{shared}/" in line] == []
     assert list(shared.iterdir()) == [], "nor are there mount points"
