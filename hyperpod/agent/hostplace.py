@@ -66,6 +66,7 @@ class HostPlace(Place):
         os.makedirs(options.directory, mode=0o700, exist_ok=True)
         os.umask(0o022)
         linux.become_subreaper()
+        linux.leave_session_keys()  # crun makes a container new ones, and hands ours down to its execs
         user = _enter(options)
         if options.ipc:  # what lies there is the IPC namespace's: shm_open(3)
             safe = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC

@@ -28,6 +28,9 @@ RESOLVE_NO_MAGICLINKS, RESOLVE_IN_ROOT = 2, 16
 OPENAT2_ATTEMPTS = 1000
 """It says EAGAIN for a path with ".." whenever something is mounted or renamed anywhere meanwhile: openat2(2)."""
 
+SYS_KEYCTL = {"x86_64": 250}.get(os.uname().machine, 219)
+KEYCTL_JOIN_SESSION_KEYRING = 1
+
 RB_POWER_OFF = 0x4321FEDC
 
 RNDADDENTROPY = 0x40085203
@@ -120,6 +123,13 @@ def open_in_root(root: int, path: str, flags: int) -> int:
 def become_subreaper() -> None:
     """Orphaned descendants become our children: containers' first processes after crun has left."""
     _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
+
+
+def leave_session_keys() -> None:
+    """A new, empty session keyring for this process and all that it starts; a kernel without keys is fine."""
+    result = _libc.syscall(ctypes.c_long(SYS_KEYCTL), KEYCTL_JOIN_SESSION_KEYRING, None)
+    if result >= 0 or ctypes.get_errno() != errno.ENOSYS:
+        _check(result, "keyctl")
 
 
 def power_off() -> None:

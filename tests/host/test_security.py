@@ -45,21 +45,29 @@ async def privileged_pod(client: Cri) -> str:
     return await client.run_pod(client.pod_config(security_context=context))
 
 
-def set_uid_program(folder: Path) -> bytes:
-    source = folder / "who.c"
+def number_program(folder: Path, expression: str) -> bytes:
+    """A static program that prints the value of a C expression."""
+    source = folder / "number.c"
+    headers = ("stdio", "sys/syscall", "unistd")
     source.write_text(
-        '#include <stdio.h>\n#include <unistd.h>\nint main(void) { printf("%d\\n", geteuid()); }\n'
+        "".join(f"#include <{name}.h>\n" for name in headers)
+        + f'int main(void) {{ printf("%ld\\n", (long)({expression})); }}\n'
     )
-    subprocess.run(["gcc", "-static", "-o", folder / "who", source], check=True)
-    return (folder / "who").read_bytes()
+    subprocess.run(["gcc", "-static", "-o", folder / "number", source], check=True)
+    return (folder / "number").read_bytes()
+
+
+SESSION_KEYS = "syscall(SYS_keyctl, 0, -3, 0)"
+"""KEYCTL_GET_KEYRING_ID of the session's keyring."""
 
 
 async def load_hostile(client: Cri, folder: Path) -> cri.ImageSpec:
-    """An image with device nodes of the host, a set-uid program, and links that lead out."""
+    """An image with device nodes of the host, a set-uid program, one that uses keys, and links that lead out."""
     layer = imagekit.tar(
         imagekit.Item("disk", kind=tarfile.BLKTYPE, mode=0o666, device=DISK),
         imagekit.Item("loop-control", kind=tarfile.CHRTYPE, mode=0o666, device=LOOP_CONTROL),
-        imagekit.Item("who", set_uid_program(folder), mode=0o4755),
+        imagekit.Item("who", number_program(folder, "geteuid()"), mode=0o4755),
+        imagekit.Item("keys", number_program(folder, SESSION_KEYS), mode=0o755),
         imagekit.symlink("out", "../../../../../../etc"),
     )
     built = imagekit.image(busybox.layer(Path("/bin/busybox").read_bytes()), layer)
@@ -83,6 +91,24 @@ async def test_a_hostile_image(cri_client: Cri, pod: str, tmp_path: Path) -> Non
     assert await lines(cri_client, pod, "id -u; /who", image=image, linux=user) == ["1000", "0"]
     tied = security(run_as_user=cri.Int64Value(value=1000), no_new_privs=True)
     assert await lines(cri_client, pod, "/who", image=image, linux=tied) == ["1000"]
+
+
+async def test_keys_of_the_session_stay_apart(cri_client: Cri, tmp_path: Path) -> None:
+    """An exec holds neither those of whoever started the daemon nor those of another pod's execs."""
+    image = await load_hostile(cri_client, tmp_path)
+    program = tmp_path / "keys"
+    program.write_bytes(number_program(tmp_path, SESSION_KEYS))
+    program.chmod(0o755)
+    seen = [subprocess.run([program], capture_output=True, check=True).stdout]
+    unconfined = security(seccomp=cri.SecurityProfile(profile_type=cri.SecurityProfileProfileType.Unconfined))
+    for _ in range(2):
+        pod = await cri_client.run_pod()
+        container = await cri_client.sh(pod, "/keys; sleep 600", image=image, linux=unconfined)
+        own = (await until_logged(cri_client, container))[0].encode() + b"\n"
+        seen += [own, (await cri_client.exec(container, "/keys")).stdout]
+        await cri_client.remove_pod(pod)
+    assert len(set(seen)) == len(seen) == 5, seen
+    assert all(int(number) > 0 for number in seen[1:]), seen
 
 
 @pytest.mark.parametrize("mode", [cri.NamespaceMode.POD, cri.NamespaceMode.NODE])
