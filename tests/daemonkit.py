@@ -144,9 +144,10 @@ class Daemon:
         """Cgroups, ours and libvirt's, of every sandbox that the log tells of."""
         return runs.pod_cgroups(self.text())
 
-    def loops(self) -> list[str]:
-        """Loop devices over layers of this daemon. The kernel frees them a moment after the last mount's end."""
-        deadline = time.monotonic() + 5
+    def loops(self, patience: float = 30.0) -> list[str]:
+        """Loop devices over layers of this daemon. The kernel frees them a moment after the last mount's end:
+        those that are there for `patience` seconds."""
+        deadline = time.monotonic() + patience
         while True:
             found = []
             for path in Path("/sys/block").glob("loop*/loop/backing_file"):

@@ -70,9 +70,8 @@ class Network:
         """Leases, interfaces on the bridge, and rules of this network's pods."""
         left = [str(p) for p in self.leases.glob("*/*") if p.name[0].isdigit() or ":" in p.name]
         left = [p for p in left if not Path(p).name.startswith("last_reserved_ip") and Path(p).name != "lock"]
-        deadline = (
-            time.monotonic() + 5
-        )  # the kernel ends a namespace, and what is in it, some time after its last user
+        # The kernel ends a namespace, and what is in it, some time after its last user.
+        deadline = time.monotonic() + 30
         while (ports := self.ports()) and time.monotonic() < deadline:
             time.sleep(0.05)
         left += [f"bridge port {name}" for name in ports]
@@ -106,8 +105,8 @@ def taps() -> set[str]:
 
 
 async def echoed(address: str, port: int) -> bool:
-    """Whether what listens there, within 20 s, sends back what it gets."""
-    async with asyncio.timeout(20):
+    """Whether what listens there, within 60 s, sends back what it gets."""
+    async with asyncio.timeout(60):
         while True:
             try:
                 reader, writer = await asyncio.open_connection(address, port)

@@ -102,13 +102,22 @@ async def forwarded(daemon: Daemon, pod: str, *ports: str) -> AsyncIterator[list
 
 
 async def talk(port: int, data: bytes) -> bytes:
+    """What is answered; nothing by a port where just nobody listens, which breaks the connection off."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        writer.write(data)
-        writer.write_eof()
-        return await reader.read()
+        with contextlib.suppress(OSError):
+            writer.write(data)
+            writer.write_eof()
+            return await reader.read()
+        return b""
     finally:
         writer.close()
+
+
+async def begins(reader: asyncio.StreamReader) -> bytes:
+    with contextlib.suppress(OSError):
+        return await reader.read(1)
+    return b""
 
 
 @pytest.mark.usefixtures("container")
@@ -120,7 +129,7 @@ async def test_clients_that_break_off_leave_the_others(host_daemon: Daemon, pod:
     ):
         for _ in range(5):
             reader, writer = await asyncio.open_connection("127.0.0.1", flooding)
-            while not await reader.read(1):  # between two of its servers nobody listens
+            while not await begins(reader):  # between two of its servers nobody listens
                 writer.close()
                 reader, writer = await asyncio.open_connection("127.0.0.1", flooding)
             sock = writer.get_extra_info("socket")

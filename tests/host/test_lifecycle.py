@@ -32,7 +32,7 @@ HOLD = (
 
 
 async def until_logged(client: Cri, container: str, count: int = 1) -> list[str]:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while len(lines := await client.log(container)) < count:
             await asyncio.sleep(0.02)
     return [text for _, _, text in lines]
@@ -122,12 +122,15 @@ async def test_limits_and_figures(cri_client: Cri, pod: str) -> None:
         )
     )
     assert int((folder / "memory.limit_in_bytes").read_text()) == 96 << 20
-    await asyncio.sleep(0.6)
-    reply = await cri_client.runtime.container_stats(cri.ContainerStatsRequest(container_id=container))
-    stats = reply.stats
-    assert stats is not None and stats.cpu is not None and stats.memory is not None and stats.writable_layer
-    assert stats.cpu.usage_core_nano_seconds is not None
-    assert stats.cpu.usage_core_nano_seconds.value > 10**7
+    async with asyncio.timeout(60):  # on a busy host it has little of a CPU
+        while True:
+            request = cri.ContainerStatsRequest(container_id=container)
+            stats = (await cri_client.runtime.container_stats(request)).stats
+            assert stats is not None and stats.cpu is not None and stats.cpu.usage_core_nano_seconds is not None
+            if stats.cpu.usage_core_nano_seconds.value > 10**7:
+                break
+            await asyncio.sleep(0.1)
+    assert stats.memory is not None and stats.writable_layer
     assert stats.memory.working_set_bytes is not None
     assert 0 < stats.memory.working_set_bytes.value < 96 << 20
     whole = await cri_client.runtime.pod_sandbox_stats(cri.PodSandboxStatsRequest(pod_sandbox_id=pod))
@@ -211,8 +214,7 @@ async def test_layers_are_shared_and_given_back(cri_client: Cri, pod: str) -> No
     first = await cri_client.sh(pod, "echo mine > /file; sleep 600")
     second = await cri_client.sh(pod, "cat /file; sleep 600")
     assert (await cri_client.exec(second, "test", "-e", "/file")).exit_code == 1
-    loops = set(cri_client.daemon.loops())
-    assert loops
+    assert cri_client.daemon.loops(patience=0)
     for container in (first, second):
         await cri_client.runtime.remove_container(cri.RemoveContainerRequest(container_id=container))
     assert not cri_client.daemon.loops(), "the last container's end gives the layers back"

@@ -208,7 +208,7 @@ async def test_the_end_of_a_shared_pid_namespace_is_the_pods(cri_client: Cri) ->
     os.kill(int(inner.name), signal.SIGKILL)
     assert (await cri_client.wait(container)).exit_code in (137, 255)
     request = cri.PodSandboxStatusRequest(pod_sandbox_id=pod)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             status = (await cri_client.runtime.pod_sandbox_status(request)).status
             assert status is not None

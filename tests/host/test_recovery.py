@@ -22,7 +22,7 @@ from tests import usernskit
 from tests.daemonkit import Cri, Daemon
 from tests.host.conftest import ALLOWED, host_daemon_of
 from tests.host.test_lifecycle import HOLD
-from tests.recoverykit import client_of, killed_at_every_step, life, reboot
+from tests.recoverykit import AGAIN, client_of, killed_at_every_step, life, reboot
 
 COUNTER = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done"
 
@@ -38,9 +38,9 @@ async def numbers(client: Cri, container: str) -> list[int]:
 
 
 async def goes_on(client: Cri, container: str) -> None:
-    """It logs and takes execs, within 30 s; no line is lost or twice."""
+    """It logs and takes execs, within AGAIN; no line is lost or twice."""
     before = len(await numbers(client, container))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(AGAIN):
         while len(await numbers(client, container)) < before + 20:
             await asyncio.sleep(0.05)
         while True:
@@ -69,7 +69,7 @@ async def test_pods_survive_daemon_shim_and_supervisor(own_daemon: Daemon) -> No
         await goes_on(client, container)
     daemon_pid = own_daemon.pid()
     own_daemon.kill_supervisor()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(AGAIN):
         while Path(f"/proc/{daemon_pid}").exists():
             await asyncio.sleep(0.05)
     own_daemon.start()
@@ -121,7 +121,7 @@ async def test_execs_beside_the_death_of_a_shim(own_daemon: Daemon) -> None:
 
 
 async def not_ready(client: Cri, pod: str) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(AGAIN):
         while True:
             reply = await client.runtime.pod_sandbox_status(cri.PodSandboxStatusRequest(pod_sandbox_id=pod))
             assert reply.status is not None
@@ -162,7 +162,7 @@ async def test_an_exit_that_takes_its_time_stops_no_pod(own_daemon: Daemon) -> N
         pod = await client.run_pod()
         ending = await client.sh(pod, "echo up; while [ ! -e /dev/shm/end ]; do sleep 0.1; done; exit 3")
         holder = await client.sh(pod, f"{HOLD} (sleep 2; touch /dev/shm/end) & {COUNTER}")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(AGAIN):
             while len(await numbers(client, holder)) < 5:
                 await asyncio.sleep(0.05)
     own_daemon.stop()
@@ -249,7 +249,7 @@ async def test_a_pod_is_removed_while_its_network_is_checked(own_daemon: Daemon,
         pod = await client.run_pod()
     own_daemon.kill_daemon()
     async with client_of(own_daemon, "host") as client:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(AGAIN):
             while not (tmp_path / "checking").exists():
                 await asyncio.sleep(0.05)
         await client.remove_pod(pod)
@@ -280,7 +280,7 @@ async def test_the_daemon_killed_while_a_plugin_takes_its_rules_away(
         pod = await client.run_pod()
         (tmp_path / "slow").touch()
         stop = asyncio.create_task(client.remove_pod(pod))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(AGAIN):
             while not (tmp_path / "waits").exists():
                 await asyncio.sleep(0.05)
         os.kill(own_daemon.pid(), signal.SIGKILL)
@@ -313,13 +313,13 @@ async def test_a_container_whose_record_cannot_be_read_is_ended(own_daemon: Daem
         pod = await client.run_pod()
         kept = await client.sh(pod, COUNTER)
         lost = await client.sh(pod, f"exec sleep {(nap := unique_nap())}")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(AGAIN):
             while not running("sleep", nap):  # a moment after its start it is that
                 await asyncio.sleep(0.05)
     (own_daemon.state / "containers" / lost / "record.json").write_text('{"from": "the future"}')
     own_daemon.kill_daemon()
     async with client_of(own_daemon, "host") as client:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(AGAIN):
             while running("sleep", nap):
                 await asyncio.sleep(0.05)
         listed = await client.runtime.list_containers(cri.ListContainersRequest())
