@@ -27,7 +27,7 @@ def passable_folder() -> Iterator[Path]:
 @contextlib.asynccontextmanager
 async def opened(state: Path, limits: Limits | None = None, **settings: Any) -> AsyncIterator[ImageStore]:
     """An open store; at its end nothing is left in the staging folder."""
-    chosen = {"stall_timeout": 20.0, "limits": limits or Limits(), **settings}
+    chosen = {"stall_timeout": 60.0, "limits": limits or Limits(), **settings}
     store = ImageStore(state, state / "run", ImageSettings(**chosen))
     await store.open()
     try:

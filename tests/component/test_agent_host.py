@@ -18,7 +18,7 @@ from hyperpod.agent.security import Security, apply
 from hyperpod.agentclient.client import AgentClient
 from hyperpod.errors import ProtocolError, Unavailable
 from hyperpod.vsock.open import CONTROL_PORT, STDIO_PORT
-from tests.agentkit import TIMEOUT, AgentKit, AgentPlace, agent_folder, host_agent, processes_with
+from tests.agentkit import TIMEOUT, AgentKit, AgentPlace, agent_folder, agent_pid, host_agent, processes_with
 from tests.shimkit import eventually
 
 
@@ -81,8 +81,7 @@ async def test_an_agent_that_was_killed_is_cleaned_up_by_the_next(
             await kit.start("sleep", marker)
             await until_running(marker, 1)
             await kit.client.close()
-            (pid,) = processes_with(str(agent_folder(tmp_path)))
-            os.kill(pid, 9)
+            os.kill(agent_pid(place), 9)
     assert processes_with(marker)
     for port in (CONTROL_PORT, STDIO_PORT):
         (agent_folder(tmp_path) / f"{port}.sock").unlink()

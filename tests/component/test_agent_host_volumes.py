@@ -11,7 +11,7 @@ import pytest
 from hyperpod.agentclient.types import ImageVolume, Layer
 from hyperpod.spec.imagevolumes import oci_mount
 from hyperpod.spec.oci import ContainerSpecInput
-from tests.agentkit import AgentKit, agent_folder, host_agent, processes_with
+from tests.agentkit import AgentKit, AgentPlace, agent_folder, agent_pid, host_agent
 
 
 def squashfs(folder: Path, name: str, **files: str) -> Layer:
@@ -43,11 +43,10 @@ def three(tmp_path: Path) -> Iterator[tuple[Layer, ...]]:
     yield first, squashed(folder, "second"), squashfs(folder, "third", b="third")
 
 
-def mounts_of(state: Path) -> list[str]:
+def mounts_of(place: AgentPlace, state: Path) -> list[str]:
     """Mount points of the agent in its own folder."""
-    [pid] = processes_with(str(state))
-    lines = Path(f"/proc/{pid}/mounts").read_text().splitlines()
-    return [line.split()[1] for line in lines if line.split()[1].startswith(str(state))]
+    lines = Path(f"/proc/{agent_pid(place)}/mounts").read_text().splitlines()
+    return [line.split()[1] for line in lines if line.split()[1].startswith(str(agent_folder(state)))]
 
 
 async def test_layers_lie_over_each_other(
@@ -67,14 +66,14 @@ async def test_layers_lie_over_each_other(
             mounts=tuple(oci_mount(volume.destination) for volume in volumes),
             env=(b"PATH=/bin",),
         )
-        before = mounts_of(agent_folder(state))
+        before = mounts_of(place, state)
         ident = await kit.create(spec=spec, image_volumes=volumes)
-        assert len(mounts_of(agent_folder(state))) == len(before) + 1 + 3 + 1 + 3 + 1
+        assert len(mounts_of(place, state)) == len(before) + 1 + 3 + 1 + 3 + 1
         await kit.client.start_container(ident)
         async with kit.output(ident) as stream:
             lines = (await stream.read_all()).decode().splitlines()
         assert lines == ["4", "thirdfirst", "deep"]
         await kit.client.remove_container(ident)
         await kit.client.forget_layers([layer.serial for layer in (*place.layers, *three)])
-        assert mounts_of(agent_folder(state)) == before
+        assert mounts_of(place, state) == before
         await kit.client.close()

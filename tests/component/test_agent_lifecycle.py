@@ -21,6 +21,9 @@ from hyperpod.model.security import LinuxResources
 from hyperpod.spec.oci import ContainerSpecInput, build_process, build_spec
 from tests.agentkit import AgentKit
 
+HUNGRY = ("tail", "/dev/zero")
+"""Takes memory until it is killed. Not one read(2) of dd's, which any signal makes a short one."""
+
 
 async def test_hello_tells_of_the_place(agent: AgentKit) -> None:
     hello = await agent.client.hello(host_time_ns=0, entropy=b"", hostname="", sysctls={})
@@ -170,7 +173,7 @@ async def test_isolation_of_processes_and_capabilities(agent: AgentKit) -> None:
 async def test_memory_limit_kills_and_is_told(agent: AgentKit) -> None:
     assert agent.place.memory_limits
     spec = ContainerSpecInput(
-        args=("dd", "if=/dev/zero", "of=/dev/null", "bs=100M", "count=1"),
+        args=HUNGRY,
         resources=LinuxResources(memory_limit=32 << 20),
     )
     _, info, _ = await agent.run(spec=spec)
@@ -293,7 +296,7 @@ async def test_an_exec_killed_for_want_of_memory_is_told_of_its_container(agent:
     await agent.client.start_container(ident)
     async with agent.output(ident) as out:
         await out.read_until(b"up")
-    exec_id = await agent.exec(ident, "dd", "if=/dev/zero", "of=/dev/null", "bs=100M", "count=1")
+    exec_id = await agent.exec(ident, *HUNGRY)
     assert await agent.client.wait_exec(ident, exec_id, timeout=60) == 137
     await agent.client.remove_exec(ident, exec_id)
     async with agent.input(ident) as stdin:
@@ -305,7 +308,7 @@ async def test_an_exec_killed_for_want_of_memory_is_told_of_its_container(agent:
 async def test_a_child_killed_for_want_of_memory_is_told(agent: AgentKit) -> None:
     for _ in range(3):
         spec = ContainerSpecInput(
-            args=("sh", "-c", "dd if=/dev/zero of=/dev/null bs=100M count=1; exit 3"),
+            args=("sh", "-c", f"{' '.join(HUNGRY)}; exit 3"),
             resources=LinuxResources(memory_limit=32 << 20, memory_swap_limit=32 << 20),
         )
         _, info, _ = await agent.run(spec=spec)

@@ -27,7 +27,7 @@ from hyperpod.network.hostdns import host_resolv_conf
 from hyperpod.network.netns import Namespaces
 from hyperpod.network.process import MAX_STDOUT, run
 from hyperpod.sandbox.network import PodNetworks
-from tests.netkit import Network
+from tests.netkit import Network, free_port
 from tests.shimkit import eventually
 
 ROOT = Path(__file__).parent.parent.parent
@@ -444,8 +444,8 @@ async def test_a_template_becomes_the_network(network: Network, tmp_path: Path) 
 
 
 def test_ports_of_the_host() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()  # nobody is given this one when it is free again
+    with socket.create_server(("127.0.0.1", port)):
         for ip in ("", "127.0.0.1"):
             with pytest.raises(NetworkError, match=rf"{port}/TCP is in use by a process"):
                 ports.need_free([PortMapping(host_port=port, container_port=1, host_ip=ip)])

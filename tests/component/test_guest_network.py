@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import subprocess
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from hyperpod.network import links, tap
 from hyperpod.network.netns import Namespaces
 from tests.component.test_cni import shell
 
-GUEST = "ef" * 32
+GUEST = secrets.token_hex(32)
+"""Its tap is the whole host's, where another run may be."""
 T = TypeVar("T")
 
 

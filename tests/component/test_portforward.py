@@ -261,7 +261,7 @@ async def test_websocket_channels(pod: StreamPod) -> None:
             got: dict[int, bytes] = {}
             async for message in client.messages():
                 got[message[0]] = got.get(message[0], b"") + message[1:]
-                if b"ping" in got[0] and len(got.get(3, b"")) > 2:
+                if b"ping" in got.get(0, b"") and len(got.get(3, b"")) > 2:
                     break
             little = port.to_bytes(2, "little")
             assert got[0] == little + b"ping"

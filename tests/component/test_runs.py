@@ -12,6 +12,7 @@ import pytest
 
 from tests import runs
 from tests.agentkit import REPOSITORY, processes_with
+from tests.shimkit import until
 
 RUN = """
 import os, subprocess, sys, time
@@ -73,6 +74,6 @@ def test_a_killed_run_is_undone_and_a_living_one_is_not(own_records: Path, tmp_p
     assert not bridge.exists()
     assert f"test-{ident}" not in saved()
     assert not base.exists() and str(base) not in Path("/proc/mounts").read_text()
-    assert processes_with(f"{base}/config") == []
+    until(lambda: processes_with(f"{base}/config") == [])  # killed they are, and go in a moment
     assert not list(Path("/sys/fs/cgroup").glob(f"*/{cgroup}"))
     assert runs.sweep() == [] and list(own_records.iterdir()) == []

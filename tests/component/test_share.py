@@ -142,7 +142,7 @@ def test_mounts_come_and_go_and_are_nowhere_else(server: FileServer, source: Pat
         put(namespace, server, [one(source)])
         pid = server.pid()
     assert not server.folder.exists()
-    deadline = time.monotonic() + 10  # whose child it is reaps it
+    deadline = time.monotonic() + 60  # whose child it is reaps it
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -258,6 +258,7 @@ def test_the_clean_up_follows_no_link(server: FileServer, source: Path) -> None:
 
 def test_nothing_stays_of_a_group_with_a_bad_one(server: FileServer, source: Path, tmp_path: Path) -> None:
     with connected(server) as namespace:
+        before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(NotFound, match=r"missing.*does not exist"):
             put(namespace, server, [one(source), one(tmp_path / "missing", 1)])
         with pytest.raises(Unsupported, match="character device"):
@@ -265,7 +266,7 @@ def test_nothing_stays_of_a_group_with_a_bad_one(server: FileServer, source: Pat
         with pytest.raises(FailedPrecondition, match="File name too long"):
             put(namespace, server, [one(Path("/" + "x" * 300))])
         assert sorted(table(namespace)) == ["/"]
-        assert len(os.listdir("/proc/self/fd")) < 60
+        assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_mounts_below_a_source(server: FileServer, source: Path) -> None:
@@ -324,7 +325,7 @@ def test_an_end_without_a_start_and_after_a_death(server: FileServer, source: Pa
     with connected(server) as namespace:
         put(namespace, server, [one(source)])
         os.kill(server.pid(), signal.SIGKILL)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while server.pid():
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -355,7 +356,7 @@ def test_it_joins_cgroups_and_speaks_before_it_dies(server: FileServer) -> None:
         pid = server.start(which(), 0, 0, [str(group)])
         _until(lambda: str(pid) in (group / "cgroup.procs").read_text().split())
         server.end()
-        assert (group / "cgroup.procs").read_text() == ""
+        _until(lambda: (group / "cgroup.procs").read_text() == "")  # its child dies a moment later
     finally:
         group.rmdir()
     shutil.rmtree(server.share, ignore_errors=True)
@@ -366,7 +367,7 @@ def test_it_joins_cgroups_and_speaks_before_it_dies(server: FileServer) -> None:
 
 
 def _until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -101,6 +101,7 @@ async def test_a_silent_agent_is_told_by_its_last_answer(
         monkeypatch.setattr(stats, "KEPT", 0.0)
         assert await collector.collect([sandbox]) == {sandbox.id: None}
         agent.answers = True
+        monkeypatch.setattr(stats, "DEADLINE", 20.0)
         assert (await collector.collect([sandbox]))[sandbox.id] is not None
 
 

@@ -67,7 +67,7 @@ async def test_a_client_that_heeds_windows_both_ways(pod: StreamPod) -> None:
         sending.extend(b"".join(client.data_to_send()))
 
     sock.setblocking(False)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(TIMEOUT):
         while len(got) < len(data):
             fill()
             with contextlib.suppress(BlockingIOError):
@@ -196,7 +196,7 @@ async def test_exec_on_a_terminal(pod: StreamPod) -> None:
 )
 async def test_a_command_that_cannot_run(pod: StreamPod, argv: str, code: int) -> None:
     container = await pod.run("sleep", "1000")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(TIMEOUT):
         out, err, status = await (await Command.open(pod.exec_url(container, argv))).result()
     assert exit_code(status) == code
     assert argv.rpartition("/")[2][:200] in err.decode()
@@ -228,7 +228,7 @@ async def test_what_an_exec_leaves_in_the_background(pod: StreamPod) -> None:
     """It neither holds the session up nor dies with it; it ends with its container."""
     container = await pod.run("sleep", "1000")
     script = "(while sleep 0.1; do touch /tmp/alive; done) & echo started"
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(TIMEOUT):
         out, _, status = await (await Command.open(pod.exec_url(container, "sh", "-c", script))).result()
     assert (out, exit_code(status)) == (b"started\n", 0)
     check = "rm -f /tmp/alive; while [ ! -e /tmp/alive ]; do sleep 0.1; done"
@@ -382,7 +382,7 @@ async def test_attach_to_what_has_ended(pod: StreamPod) -> None:
     container = await pod.run("echo", "x")
     await pod.agent.exit_of(container)
     await eventually(lambda: b"x" in pod.log(container))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(TIMEOUT):
         assert (await (await Command.open(pod.attach_url(container))).result())[2]["status"] == "Success"
     with pytest.raises(HyperpodError, match="409"):
         await Command.open(pod.attach_url("ab" * 32))
@@ -393,7 +393,7 @@ async def test_a_removed_container_ends_its_attach(pod: StreamPod) -> None:
     command = await Command.open(pod.attach_url(container))
     await pod.shim.log_stop(container)
     await pod.agent.client.remove_container(container)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(TIMEOUT):
         assert (await command.result())[2]["status"] == "Success"
 
 
@@ -413,7 +413,7 @@ async def test_a_client_that_opens_no_streams_is_dropped(pod: StreamPod) -> None
     container = await pod.run("sleep", "1000")
     pod.creation = 2.0
     command = await Command.open(pod.exec_url(container, "true", wanted=ALL), OUT)
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(TIMEOUT):
         await command.client.closed.wait()
     await command.client.close()
 
@@ -422,7 +422,7 @@ async def test_broken_clients(pod: StreamPod) -> None:
     container = await pod.run("sleep", "1000")
     command = await Command.open(pod.exec_url(container, "sleep", "4321"))
     command.client._socket.write([b"\x80\x09\0\1\0\0\0\0"])
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(TIMEOUT):
         await command.client.closed.wait()
     await command.client.close()
     async with asyncio.timeout(WAIT):

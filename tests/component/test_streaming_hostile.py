@@ -72,7 +72,7 @@ async def test_a_flood_of_frames_does_not_stop_the_shim(pod: StreamPod, data: by
     sock, _ = await upgraded(pod.exec_url(container, "cat", wanted=ALL), SPDY)
     with flooding(sock, data):
         await asyncio.sleep(0.5)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(TIMEOUT):
             for _ in range(5):
                 await pod.shim.hello()
 

@@ -126,7 +126,9 @@ async def test_limits_and_figures(cri_client: Cri, pod: str) -> None:
         while True:
             request = cri.ContainerStatsRequest(container_id=container)
             stats = (await cri_client.runtime.container_stats(request)).stats
-            assert stats is not None and stats.cpu is not None and stats.cpu.usage_core_nano_seconds is not None
+            assert (
+                stats is not None and stats.cpu is not None and stats.cpu.usage_core_nano_seconds is not None
+            )
             if stats.cpu.usage_core_nano_seconds.value > 10**7:
                 break
             await asyncio.sleep(0.1)
