@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IDLE = [sys.executable, "-c", "import signal; signal.pause()"]
 """Stands in the daemon's place where the test itself does what the daemon would."""
 
-WAIT = 30.0
+WAIT = 60.0
 RECORD = re.compile(rb"[0-9T:.-]{29}Z (stdout|stderr) ([FP]) ([^\n]*)\n")
 
 

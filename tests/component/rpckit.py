@@ -93,13 +93,13 @@ async def server() -> AsyncIterator[tuple[Service, RpcServer, Path]]:
 
 async def until_idle(rpc: RpcServer) -> None:
     """Raises TimeoutError when a call does not end."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while rpc.running():
             await asyncio.sleep(0.01)
 
 
 async def until_running(service: Service, count: int) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while service.running < count:
             await asyncio.sleep(0.01)
 
@@ -116,7 +116,7 @@ async def channel(path: Path, **options: int) -> AsyncIterator[grpc.aio.Channel]
 
 async def call(made: grpc.aio.Channel, method: str, body: bytes = b"", **more: object) -> bytes:
     raw = made.unary_unary(PREFIX + method)
-    return bytes(await raw(body, **{"timeout": 20, **more}))
+    return bytes(await raw(body, **{"timeout": 60, **more}))
 
 
 async def code(made: grpc.aio.Channel, method: str, body: bytes = b"", **more: object) -> tuple[str, str]:
@@ -166,7 +166,7 @@ class Bare:
     async def events(self) -> AsyncIterator[Event]:
         """All to the connection's end."""
         loop = asyncio.get_running_loop()
-        while data := await asyncio.wait_for(loop.sock_recv(self.sock, 1 << 16), 10):
+        while data := await asyncio.wait_for(loop.sock_recv(self.sock, 1 << 16), 60):
             for event in self.h2.receive_data(data):
                 yield event
 
@@ -190,7 +190,7 @@ class Bare:
     async def frames(self) -> list[Frame]:
         """All to the connection's end, for what h2's state machine would not take: it knows one GOAWAY only."""
         loop, raw, found = asyncio.get_running_loop(), b"", []
-        while data := await asyncio.wait_for(loop.sock_recv(self.sock, 1 << 16), 10):
+        while data := await asyncio.wait_for(loop.sock_recv(self.sock, 1 << 16), 60):
             raw += data
         while raw:
             frame, length = Frame.parse_frame_header(memoryview(raw[:9]))

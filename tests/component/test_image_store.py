@@ -46,7 +46,7 @@ def layouts(state: Path) -> tuple[Path, Path]:
 
 async def settled(store: ImageStore) -> None:
     """Until background removals are done."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while store.sweeping:
             await asyncio.sleep(0.01)
 

@@ -29,7 +29,7 @@ from hyperpod.wire.vsock.packet import (
     Packet,
 )
 from hyperpod.wire.vsock.vhost_user import Request
-from tests.component.vsock_guest import EVENT_INDEX, GUEST_CID, INDIRECT, SIZE, Guest
+from tests.component.vsock_guest import DEADLINE, EVENT_INDEX, GUEST_CID, INDIRECT, SIZE, Guest
 
 T = TypeVar("T")
 PORT = 1024
@@ -42,7 +42,7 @@ class Setup:
         self.errors: list[str] = []
 
     async def dial(self) -> asyncio.Task[socket.socket]:
-        return asyncio.create_task(dialing.dial(HybridEndpoint(self.device.hybrid_path), PORT, 10))
+        return asyncio.create_task(dialing.dial(HybridEndpoint(self.device.hybrid_path), PORT, DEADLINE))
 
     async def stream(self) -> tuple[socket.socket, Packet]:
         """A client's socket and the request that the guest saw, accepted."""
@@ -71,7 +71,7 @@ async def setup(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 async def soon(awaitable: Awaitable[T]) -> T:
-    return await asyncio.wait_for(awaitable, 10)
+    return await asyncio.wait_for(awaitable, DEADLINE)
 
 
 async def receive(sock: socket.socket, size: int) -> bytes:

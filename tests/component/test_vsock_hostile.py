@@ -18,7 +18,7 @@ from hyperpod.vsock.dial import HybridEndpoint, dial
 from hyperpod.wire.vsock import packet as wire
 from hyperpod.wire.vsock.packet import OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW, OP_SHUTDOWN, Packet
 from hyperpod.wire.vsock.vhost_user import Request
-from tests.component.vsock_guest import GUEST_BASE, GUEST_CID, MEMORY, SIZE, USER_BASE, Guest
+from tests.component.vsock_guest import DEADLINE, GUEST_BASE, GUEST_CID, MEMORY, SIZE, USER_BASE, Guest
 
 NOBODY = Packet(2, GUEST_CID, 77, 88, 0, 1, OP_RW, 0, 0, 0)
 
@@ -35,10 +35,10 @@ class Setup:
         self.guest = Guest()
 
     async def failure(self) -> str:
-        return str(await asyncio.wait_for(self.failures.get(), 10))
+        return str(await asyncio.wait_for(self.failures.get(), DEADLINE))
 
     async def stream(self) -> tuple[socket.socket, Packet]:
-        task = asyncio.create_task(dial(HybridEndpoint(self.device.hybrid_path), 1024, 10))
+        task = asyncio.create_task(dial(HybridEndpoint(self.device.hybrid_path), 1024, DEADLINE))
         request = await self.guest.expect(OP_REQUEST)
         self.guest.transmit(OP_RESPONSE, request)
         return await task, request

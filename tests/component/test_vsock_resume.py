@@ -20,7 +20,7 @@ from hyperpod.vsock.dial import HybridEndpoint, dial
 from hyperpod.wire.vsock.packet import OP_REQUEST, OP_RESPONSE, OP_RST, OP_RW, OP_SHUTDOWN, Packet
 from tests.component.vsock_guest import Guest
 
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 
 class Keeper:

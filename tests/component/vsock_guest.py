@@ -25,7 +25,7 @@ GUEST_BASE = 0x100000
 USER_BASE = 0x7F00_0000_0000
 SIZE = 128  # ring entries, as QEMU's
 RX_BUFFER = 3776  # what Linux 6.1 and later post: one descriptor
-DEADLINE = 10.0
+DEADLINE = 60.0
 EVENT_INDEX, INDIRECT = vhost_user.F_EVENT_INDEX, vhost_user.F_INDIRECT
 
 
