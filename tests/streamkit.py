@@ -26,7 +26,7 @@ from hyperpod.shimclient.client import ShimClient
 from hyperpod.spec.oci import ContainerSpecInput, build_process
 from hyperpod.streaming.server import StreamingServer
 from hyperpod.streaming.tokens import Target, Tokens
-from hyperpod.vsock.dial import Endpoint, HostEndpoint, HybridEndpoint
+from hyperpod.vsock.dial import Endpoint, HostEndpoint, HybridEndpoint, dial
 from hyperpod.wire.remotecommand import Wanted
 from hyperpod.wire.upgrade import Upgrade
 from tests.agentkit import TIMEOUT, AgentKit
@@ -282,31 +282,45 @@ async def tunnelled(url: str) -> AsyncIterator[SpdyClient]:
 async def as_guest(agent: AgentKit) -> AsyncIterator[HybridEndpoint]:
     """The host agent behind a socket such as a VM's: bytes pass, descriptors do not."""
     assert isinstance(agent.place.endpoint, HostEndpoint)
-    directory = agent.place.endpoint.directory
-    running: set[asyncio.Task[Any]] = set()
+    loop, running = asyncio.get_running_loop(), set[asyncio.Task[None]]()
 
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def pump(source: socket.socket, sink: socket.socket) -> None:
         try:
-            while data := await reader.read(262144):
-                writer.write(data)
-                await writer.drain()
-            writer.write_eof()
+            while data := await loop.sock_recv(source, 262144):
+                try:
+                    await loop.sock_sendall(sink, data)
+                except OSError:  # it has gone: what it said before is still on its way the other way
+                    return
+            sink.shutdown(socket.SHUT_WR)
         except OSError:  # so it breaks for the other side, too
-            writer.close()
+            with contextlib.suppress(OSError):
+                sink.shutdown(socket.SHUT_RDWR)
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        running.add(asyncio.current_task())  # type: ignore[arg-type]
-        port = int((await reader.readline()).removeprefix(b"CONNECT "))
-        inner, other = await asyncio.open_unix_connection(f"{directory}/{port}.sock")
-        writer.write(b"OK 1\n")
-        try:
-            await asyncio.gather(pump(reader, other), pump(inner, writer))
-        finally:
-            writer.close()
-            other.close()
+    async def serve(outer: socket.socket) -> None:
+        with outer:
+            line = b""
+            while not line.endswith(b"\n"):
+                if not (byte := await loop.sock_recv(outer, 1)):
+                    return
+                line += byte
+            with await dial(agent.place.endpoint, int(line.removeprefix(b"CONNECT ")), TIMEOUT) as inner:
+                await loop.sock_sendall(outer, b"OK 1\n")
+                await asyncio.gather(pump(outer, inner), pump(inner, outer))
 
-    path = f"{directory}/guest.sock"
-    async with await asyncio.start_unix_server(serve, path, backlog=1024, limit=1 << 20):
+    async def accept(listener: socket.socket) -> None:
+        while True:
+            outer, _ = await loop.sock_accept(listener)
+            outer.setblocking(False)
+            task = loop.create_task(serve(outer))
+            running.add(task)
+            task.add_done_callback(running.discard)
+
+    path = f"{agent.place.endpoint.directory}/guest.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(1024)
+        listener.setblocking(False)
+        running.add(loop.create_task(accept(listener)))
         yield HybridEndpoint(path)
         for task in running:
             task.cancel()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hyperpod.errors import InvalidArgument, ProtocolError, ResourceExhausted
 from hyperpod.shim.sessions import tap as tap_module
 from hyperpod.shim.sessions.direct import AgentSocket, PipeEnd, taken
+from hyperpod.shim.sessions.port import FramedPort, PortBroke
 from hyperpod.shim.sessions.socket import HIGH_WATER, StreamSocket
 from hyperpod.shim.sessions.spec import SessionSpec, from_request, to_json
 from hyperpod.shim.sessions.stdin import InputQueue
@@ -331,3 +332,21 @@ async def test_a_guest_hands_nothing_over() -> None:
         taken(link)
     link.close()
     theirs.close()
+
+
+async def test_why_a_port_broke_is_read_though_nothing_can_be_sent() -> None:
+    """An agent that has said so closes its connection: what is on its way there is the port's loss, not ours."""
+    ours, theirs = socket.socketpair()
+    port = FramedPort(StreamSocket(ours), HostPort(80))
+    answer = b"".join(map(bytes, PortEnd().data(b"no more")))
+    theirs.sendall(stdio.encode_opened(0) + answer + stdio.encode_error("it broke"))
+    await port.open(b"")
+    theirs.close()
+    with pytest.raises(PortBroke):
+        await port.send([b"x"])
+    with pytest.raises(PortBroke):
+        await port.end()
+    assert b"".join(map(bytes, await port.receive())) == b"no more"
+    with pytest.raises(PortBroke, match="it broke"):
+        await port.receive()
+    port.close()

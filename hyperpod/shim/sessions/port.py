@@ -101,8 +101,8 @@ class FramedPort(PodPort):
     async def _drain(self) -> None:
         try:
             await self._link.drain()
-        except OSError as exc:
-            raise _gone(exc) from exc
+        except OSError as exc:  # why the agent has closed it, or that it is gone, is still to be read
+            raise PortBroke(f"the connection to the sandbox's agent broke: {exc.strerror}") from exc
 
     def close(self) -> None:
         self._link.close()
