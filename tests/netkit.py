@@ -66,12 +66,13 @@ class Network:
         document = {"cniVersion": version, "name": self.name, "plugins": list(plugins or usual)}
         self.file.write_text(json.dumps(document))
 
-    def leftovers(self) -> list[str]:
-        """Leases, interfaces on the bridge, and rules of this network's pods."""
+    def leftovers(self, patience: float = 30.0) -> list[str]:
+        """Leases, interfaces on the bridge, and rules of this network's pods.
+
+        The kernel ends a namespace, and what is in it, some time after its last user: `patience`, seconds."""
         left = [str(p) for p in self.leases.glob("*/*") if p.name[0].isdigit() or ":" in p.name]
         left = [p for p in left if not Path(p).name.startswith("last_reserved_ip") and Path(p).name != "lock"]
-        # The kernel ends a namespace, and what is in it, some time after its last user.
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + patience
         while (ports := self.ports()) and time.monotonic() < deadline:
             time.sleep(0.05)
         left += [f"bridge port {name}" for name in ports]

@@ -128,7 +128,7 @@ async def test_add_and_delete_with_debian_s_plugins(network: Network, namespaces
         (f"{network.v4}.0/24", ""),
         (f"{network.v6}:/64", ""),
     }
-    assert any("31999" in line for line in network.leftovers()), "the leak check sees rules"
+    assert any("31999" in line for line in network.leftovers(patience=0)), "the leak check sees rules"
     await namespaces.run(path, lambda: subprocess.run(["ip", "link", "set", "eth0", "down"], check=True))
     with pytest.raises(NetworkError, match="no interface that is up"):
         await namespaces.run(path, lambda: links.read_interfaces(POD))
@@ -147,7 +147,7 @@ async def test_delete_after_the_namespace_is_gone_frees_the_address(
     cni = caller(network)
     done, _ = await cni.add(attachment(network, await namespaces.make(POD)))
     await namespaces.remove(POD)
-    assert network.leftovers() != []
+    assert network.leftovers(patience=0) != []
     await cni.delete(done, netns="")
     assert network.leftovers() == []
 

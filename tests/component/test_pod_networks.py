@@ -75,7 +75,7 @@ async def test_rules_of_a_plugin_before_the_one_that_fails(
     network.write(network.bridge_plugin(), {"type": "firewall"}, {"type": "broken"})
     with pytest.raises(NetworkError, match=r"broken of network .* \(ADD\) failed"):
         await networks.attach(record)
-    assert sum("CNI-FORWARD" in line for line in network.leftovers()) == 4
+    assert sum("CNI-FORWARD" in line for line in network.leftovers(patience=0)) == 4
     await networks.detach(IDENT)
     assert network.leftovers() == []
 
