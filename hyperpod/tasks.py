@@ -75,22 +75,27 @@ class Operations:
     def __init__(self, owner: TaskOwner) -> None:
         self._owner = owner
         self._running: dict[str, asyncio.Task[Any]] = {}
+        self._requests: dict[str, object] = {}
 
     def running(self, name: str) -> bool:
         return name in self._running
 
-    async def run(self, name: str, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    def request(self, name: str) -> object:
+        """What the running operation `name` was started for; None when it does not run, or for nothing special."""
+        return self._requests.get(name)
+
+    async def run(self, name: str, make: Callable[[], Coroutine[Any, Any, T]], request: object = None) -> T:
         """Join the operation `name`, or start it with `make()`; a cancelled caller does not cancel it."""
         task: asyncio.Task[T] | None = self._running.get(name)
         if task is None:
             task = self._owner.spawn(name, make())
-            self._running[name] = task
+            self._running[name], self._requests[name] = task, request
             task.add_done_callback(lambda t: self._forget(name, t))
         return await asyncio.shield(task)
 
     def _forget(self, name: str, task: asyncio.Task[Any]) -> None:
         if self._running.get(name) is task:
-            del self._running[name]
+            del self._running[name], self._requests[name]
         if not task.cancelled():
             task.exception()  # retrieved: the owner has logged it
 

@@ -9,7 +9,7 @@ import socket
 import struct
 from collections.abc import Callable
 
-from hyperpod.wire.preface import NONCE_LEN, AgentPreface, Identity, PrefaceRefused
+from hyperpod.wire.preface import NONCE_LEN, TIMEOUT, AgentPreface, Identity, PrefaceRefused
 
 log = logging.getLogger(__name__)
 
@@ -17,9 +17,6 @@ CONTROL_PORT, STDIO_PORT = 1024, 1025
 HOST_CID = 2
 VMADDR_CID_ANY = 0xFFFFFFFF
 BACKLOG = 128
-PREFACE_TIMEOUT = 10.0
-"""Seconds for a peer to prove itself."""
-
 MAX_UNPROVEN = 64
 _GRND_INSECURE = 4
 """Never blocks: the nonce needs to be fresh, and the random pool of a young guest may not be ready."""
@@ -83,7 +80,7 @@ class _Preface(asyncio.Protocol):
             return
         self._transport = transport
         listener.unproven += 1
-        self._timer = asyncio.get_running_loop().call_later(PREFACE_TIMEOUT, transport.abort)
+        self._timer = asyncio.get_running_loop().call_later(TIMEOUT, transport.abort)
 
     def data_received(self, data: bytes) -> None:
         transport = self._transport

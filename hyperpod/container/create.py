@@ -33,15 +33,14 @@ class Creator:
         self, known: KnownContainers, seccomp: SeccompProfiles, operations: Operations, owner: TaskOwner
     ) -> None:
         self._known, self._seccomp, self._operations, self._owner = known, seccomp, operations, owner
-        self._making: dict[tuple[str, str, int], ContainerConfig] = {}
-        """What is being created right now."""
 
     async def create(self, sandbox_id: str, config: ContainerConfig) -> str:
         """Prepare a container and return its id; a retry with the identical configuration joins."""
         sandbox = self._known.sandboxes.live(sandbox_id)
         sandbox.need_ready()
         key = (sandbox.id, config.metadata.name, config.metadata.attempt)
-        if (making := self._making.get(key)) is not None:
+        operation = f"create/{sandbox.id}/{key[1]}/{key[2]}"
+        if (making := self._operations.request(operation)) is not None:
             if making != config:
                 raise AlreadyExists(
                     f"the name {config.metadata.name} attempt {key[2]} is taken by a container that is being "
@@ -54,20 +53,7 @@ class Creator:
             raise AlreadyExists(
                 f"the name {config.metadata.name} attempt {key[2]} is taken by container {known}"
             )
-        name = f"create/{sandbox.id}/{key[1]}/{key[2]}"
-        self._making[key] = config
-
-        async def create() -> str:
-            try:
-                return await self._create(sandbox, config)
-            finally:
-                self._making.pop(key, None)
-
-        try:
-            return await self._operations.run(name, create)
-        finally:
-            if not self._operations.running(name):  # it could not even begin
-                self._making.pop(key, None)
+        return await self._operations.run(operation, lambda: self._create(sandbox, config), config)
 
     async def _create(self, sandbox: LiveSandbox, config: ContainerConfig) -> str:
         image = self._known.images.get(config.image)

@@ -103,8 +103,6 @@ class Artifact(Record):
     initrd: str = ""
     cmdline: str = ""
     fstype: str = ""
-    patches_itself: bool = True
-    """A kernel that rewrites its own code while it runs, which emulated CPUs bear only one at a time."""
 
 
 class VmSize(Record):

@@ -59,7 +59,7 @@ async def run(
     _left[:] = [process for process in _left if process.poll() is None]
     async with _output() as (out_end, out_reader), _output() as (err_end, err_reader):
         command = argv if note is None else ["/bin/sh", "-c", NOTED, "sh", str(note), *argv]
-        process = _start(command, what, stdin, env, out=out_end, err=err_end)
+        process, goes_on = _start(command, what, stdin, env, out=out_end, err=err_end), False
         out, err = bytearray(), bytearray()
         reading = loop.create_task(_collect(out_reader, out), name=f"{what}/stdout")
         tailing = loop.create_task(_tail(err_reader, err), name=f"{what}/stderr")
@@ -74,11 +74,12 @@ async def run(
                 except TimeoutError as exc:
                     raise NetworkError(f"{what} did not end within {timeout:g} s; it was killed") from exc
                 except asyncio.CancelledError:
-                    if note is not None:
-                        _left.append(process)
+                    goes_on = note is not None
                     raise
                 finally:
-                    if process not in _left:
+                    if goes_on:
+                        _left.append(process)
+                    else:
                         with contextlib.suppress(ProcessLookupError):
                             os.killpg(process.pid, signal.SIGKILL)
                         await asyncio.wait([ended], timeout=REAP)

@@ -45,8 +45,13 @@ def kernel(folder: Path) -> Artifact:
         path=_file(folder, data.get("kernel"), "kernel"),
         initrd=_file(folder, data["initrd"], "kernel") if data.get("initrd") else "",
         cmdline=str(data.get("cmdline", "")),
-        patches_itself=data.get("patches_itself") is not False,
     )
+
+
+def patches_itself(folder: Path) -> bool:
+    """Whether the guest kernel in `folder` rewrites its own code while it runs, which emulated CPUs bear only one
+    at a time. Raises FailedPrecondition."""
+    return _manifest(folder, "kernel", "vm.kernel").get("patches_itself") is not False
 
 
 def guest(folder: Path) -> Artifact:

@@ -79,8 +79,6 @@ class SandboxManager:
         self.slots = Slots(min(config.sandbox_slots, config.vm.uid_count))
         self.index: IdIndex[LiveSandbox] = IdIndex("sandbox")
         self._names: dict[str, str] = {}
-        self._making: dict[str, tuple[SandboxConfig, str]] = {}
-        """What is being made right now, by name: configuration and handler."""
         self._operations = Operations(owner)
         self._listener: SandboxListener | None = None
         vms.hypervisor.subscribe(self._on_domain_event)
@@ -141,22 +139,12 @@ class SandboxManager:
                 raise AlreadyExists(
                     f"the name {key} is taken by sandbox {known}, which is stopped; remove it first"
                 )
-        if self._making.setdefault(key, (config, handler)) != (config, handler):
+        operation, request = f"run/{key}", (config, handler)
+        if self._operations.request(operation) not in (None, request):
             raise AlreadyExists(
                 f"the name {key} is taken by a sandbox that is being made with another configuration"
             )
-
-        async def run() -> str:
-            try:
-                return await self._run(config, handler, kind)
-            finally:
-                self._making.pop(key, None)
-
-        try:
-            return await self._operations.run(f"run/{key}", run)
-        finally:
-            if not self._operations.running(f"run/{key}"):  # it could not even begin
-                self._making.pop(key, None)
+        return await self._operations.run(operation, lambda: self._run(config, handler, kind), request)
 
     async def _check_userns(self, config: SandboxConfig, kind: Kind) -> None:
         """Raises InvalidArgument, FailedPrecondition."""
@@ -212,10 +200,9 @@ class SandboxManager:
         ident, settings = secrets.token_hex(32), self.config.vm
         own: dict[str, Any]
         if kind is Kind.VM:
-            kernel = artifacts.kernel(settings.kernel)
             own = {
-                "size": self._size(config, kernel),
-                "kernel": kernel,
+                "size": self._size(config),
+                "kernel": artifacts.kernel(settings.kernel),
                 "guest": artifacts.guest(settings.guest),
                 "domain": f"hp-{ident[:12]}",
                 "domain_uuid": str(uuid.UUID(hex=ident[:32], version=4)),
@@ -267,9 +254,10 @@ class SandboxManager:
             if other.status.phase not in over
         ]
 
-    def _size(self, config: SandboxConfig, kernel: Artifact) -> VmSize:
+    def _size(self, config: SandboxConfig) -> VmSize:
         vm, parent = self.config.vm, config.cgroup_parent
         emulated = self.vms.hypervisor.facts().accelerator == "tcg"
+        one_at_most = emulated and artifacts.patches_itself(vm.kernel)
         return vm_size(
             config.resources,
             config.overhead,
@@ -281,7 +269,7 @@ class SandboxManager:
             max_memory_mib=vm.max_memory_mib,
             host_memory_mib=artifacts.host_size().memory_mib,
             host_cpus=artifacts.host_size().vcpus,
-            only_cpu="emulated, and its kernel patches itself" if emulated and kernel.patches_itself else "",
+            only_cpu="emulated, and its kernel patches itself" if one_at_most else "",
             # Where the kubelet sets a limit, it knows one of every container.
             bounded=not (parent and self.cgroups.is_unlimited(parent_folder(parent))),
         )

@@ -7,8 +7,8 @@ import socket
 
 from hyperpod.vsock.dial import Endpoint, HostEndpoint
 from hyperpod.vsock.open import STDIO_PORT, open_agent
+from hyperpod.wire.preface import TIMEOUT
 
-_TIMEOUT = 5.0
 _AT_ONCE = 16
 """Connections being made; the agent takes a limited number that have not proven themselves yet."""
 
@@ -45,4 +45,4 @@ class AgentDialer:
         assert self._target is not None
         endpoint, token = self._target
         async with self._turns:
-            return await open_agent(endpoint, STDIO_PORT, self._sandbox_id, token, timeout=_TIMEOUT)
+            return await open_agent(endpoint, STDIO_PORT, self._sandbox_id, token, timeout=TIMEOUT)

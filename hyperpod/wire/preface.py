@@ -27,6 +27,10 @@ _HELLO_LEN = 4 + 1 + 1 + 32 + NONCE_LEN
 _PROOF_LEN = 32
 _ANSWER_LEN = 1 + NONCE_LEN + _PROOF_LEN
 
+TIMEOUT = 10.0
+"""Seconds that each side gives the other for all of it. An agent that wants for CPU answers late, and has more to
+do for a host that has given up before and comes again."""
+
 STATUS_OK = 0
 STATUS_REFUSED = 1
 """Malformed, or the proof is wrong."""

@@ -21,7 +21,7 @@ async def test_an_operation_survives_its_caller_and_is_joined() -> None:
         await go.wait()
         return "done"
 
-    first = asyncio.ensure_future(operations.run("x", work))
+    first = asyncio.ensure_future(operations.run("x", work, "this"))
     await asyncio.sleep(0)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -29,11 +29,13 @@ async def test_an_operation_survives_its_caller_and_is_joined() -> None:
     second = asyncio.ensure_future(operations.run("x", work))
     await asyncio.sleep(0)
     assert operations.running("x")
+    assert operations.request("x") == "this"
     go.set()
     assert await second == "done"
     assert runs == 1
     await asyncio.sleep(0)
     assert not operations.running("x")
+    assert operations.request("x") is None
     await owner.close()
 
 
