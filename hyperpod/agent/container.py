@@ -7,8 +7,6 @@ CREATED --start fails--> CREATED;   any state --remove--> gone
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
 import os
 import time
@@ -17,17 +15,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hyperpod.agent import envexec, podfiles, rootfs, security
-from hyperpod.agent.cgroups import Cgroups
-from hyperpod.agent.crun import Crun
+from hyperpod.agent.crun import write_json
 from hyperpod.agent.events import State, Status
-from hyperpod.agent.layers import Layers, LayerSource
-from hyperpod.agent.layout import Layout
-from hyperpod.agent.process import ConsoleSocket, Pipes, ProcessIO, null_device
-from hyperpod.agent.quota import Quota
-from hyperpod.agent.reaper import Reaper
+from hyperpod.agent.layers import LayerSource
+from hyperpod.agent.process import ProcessIO
 from hyperpod.agent.resources import adapt, lifts_quota
 from hyperpod.agent.security import Security
-from hyperpod.agent.share import Share
+from hyperpod.agent.tools import Tools
 from hyperpod.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -36,13 +30,12 @@ from hyperpod.errors import (
     NotFound,
     ResourceExhausted,
 )
-from hyperpod.tasks import TaskOwner, bounded
+from hyperpod.tasks import bounded
 
 if TYPE_CHECKING:
     from hyperpod.agent.containers import OciSpec
-    from hyperpod.agent.hostplace import HostProcesses
+    from hyperpod.agent.execs import Exec
     from hyperpod.agent.imagemount import ImageVolume
-    from hyperpod.agent.userns import PodUser
 
 log = logging.getLogger(__name__)
 
@@ -53,177 +46,6 @@ begin, would have no CPU left for anybody's streams."""
 
 REMOVE_TIMEOUT = 5.0
 """Seconds for the end of a killed container to be noticed."""
-
-
-class Tools:
-    """What every container uses."""
-
-    def __init__(
-        self,
-        layout: Layout,
-        cgroups: Cgroups,
-        reaper: Reaper,
-        owner: TaskOwner,
-        host: HostProcesses | None = None,
-    ) -> None:
-        self.host = host
-        self.user: PodUser | None = None
-        self.layout, self.cgroups, self.reaper, self.owner = layout, cgroups, reaper, owner
-        self.crun = Crun(layout, reaper)
-        self.layers = Layers(layout)
-        self.quota = Quota(layout)
-        self.share = Share(layout)
-        self._consoles = 0
-        self._null = ""
-
-    def use(self, user: PodUser | None) -> None:
-        """The pod's user namespace, before the first container."""
-        self.user = self.layers.user = user
-
-    def console(self) -> ConsoleSocket:
-        self._consoles += 1
-        return ConsoleSocket(f"{self.layout.root}/t{self._consoles}")
-
-    async def launch(
-        self,
-        io: ProcessIO,
-        variables: envexec.Variables | None,
-        user: dict[str, Any],
-        call: Callable[[list[int], str | None], Any],
-    ) -> tuple[int, asyncio.Future[int]]:
-        """Run crun with the process's streams, for an OCI `user`; gives pid and exit code. When it fails, one that
-        could not be given its `variables` may still be about to end, and nothing else is left."""
-        self._null = self._null or null_device()
-        pipes = Pipes(io, self._null, self.user.owner(user) if self.user else None)
-        console = handover = None
-        try:
-            console = self.console() if io.tty else None
-            handover = envexec.Handover(variables) if variables else None
-            with self.reaper.adopting() as window:
-                child = [*pipes.child, *(handover.child if handover else ())]
-                pid = await call(child, console.path if console else None)
-                exited = self.reaper.watch(pid, window)
-            if handover is not None:
-                await handover.confirm()
-            if console is not None:
-                io.attach_terminal(await console.receive())
-            pipes.commit()
-        finally:
-            pipes.close()
-            if console is not None:
-                console.close()
-            if handover is not None:
-                handover.close()
-        return pid, exited
-
-
-def _write_json(path: str, document: dict[str, Any]) -> None:
-    with open(path, "w") as file:
-        file.write(json.dumps(document))
-
-
-class Exec:
-    """One more process in a container, in a cgroup of its own below the container's."""
-
-    def __init__(self, ident: str, container: Container, *, tty: bool, stdin: bool) -> None:
-        self.id, self.container = ident, container
-        self.io = ProcessIO(tty=tty, stdin=stdin, ends_with_peer=True, eof_closes=True)
-        self.exited: asyncio.Future[int] | None = None
-        self.removed = asyncio.Event()
-
-    @property
-    def cgroup(self) -> str:
-        return f"{self.container.cgroup}/{self.id}"
-
-    async def start(self, tools: Tools, process: dict[str, Any]) -> int:
-        """Gives the pid. Raises NotFound (no such program), FailedPrecondition."""
-        process["terminal"] = self.io.tty
-        process["user"] = self.container.user
-        security.complete(process, self.container.environment)
-        if tools.host is not None:
-            tools.host.fit(process)
-        async with self.container.starts:
-            self.container.check_running()
-            return await self._start(tools, process)
-
-    async def _start(self, tools: Tools, process: dict[str, Any]) -> int:
-        variables = envexec.take(process)
-        path = f"{tools.layout.bundle(self.container.id)}/{self.id}"
-        folder = self._open_workdir(process, 3 + (envexec.DESCRIPTORS if variables else 0))
-        try:
-            _write_json(path, process)
-            tools.cgroups.make_exec(self.container.id, self.id)
-            pid, exited = await tools.launch(
-                self.io,
-                variables,
-                process["user"],
-                lambda child, console: tools.crun.exec(
-                    self.container.id,
-                    self.id,
-                    path,
-                    [*child, *folder],
-                    console,
-                    oom_score_adj=process.get("oomScoreAdj"),
-                ),
-            )
-        except (HyperpodError, OSError):
-            await tools.cgroups.kill(self.cgroup)
-            tools.cgroups.remove(self.cgroup)
-            raise
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            for fd in folder:
-                os.close(fd)
-        self.exited = exited
-        exited.add_done_callback(lambda _: self.io.process_ended())
-        return pid
-
-    def _open_workdir(self, process: dict[str, Any], number: int) -> list[int]:
-        """Have crun go to where descriptor `number` will be, not by the path, where that could lead it away."""
-        from hyperpod.agent import workdir  # not needed before the first container
-
-        container = self.container
-        if not workdir.needs_care(container.namespaces, process["cwd"]):
-            return []
-        fd = workdir.open_in(container.first_process(), process["cwd"])
-        process["cwd"] = f"/proc/self/fd/{number}"
-        return [fd]
-
-    async def wait(self) -> int:
-        """The exit code. Raises NotFound when it is removed meanwhile."""
-        assert self.exited is not None
-        removed: asyncio.Future[object] = self.container.tools.owner.spawn(
-            f"removed/{self.id}", self.removed.wait()
-        )
-        exited: asyncio.Future[object] = self.exited  # type: ignore[assignment]  # only waited for
-        try:
-            await asyncio.wait({exited, removed}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            removed.cancel()
-        if not self.exited.done():
-            raise NotFound(f"exec {self.id} was removed")
-        return self.exited.result()
-
-    def leave(self, tools: Tools) -> bool:
-        """Forget it; false when it left something in the background, which stays in its cgroup."""
-        self.removed.set()
-        self.io.close()
-        if tools.cgroups.pids(self.cgroup):
-            return False
-        self.container.lost_oom_kills += tools.cgroups.oom_kills_to_be_lost(self.cgroup)
-        tools.cgroups.remove(self.cgroup)
-        return True
-
-    async def remove(self, tools: Tools) -> None:
-        """Kill what is left of it and forget it."""
-        try:
-            await tools.cgroups.kill(self.cgroup)
-        finally:
-            self.removed.set()
-            self.io.close()
-            self.container.lost_oom_kills += tools.cgroups.oom_kills_to_be_lost(self.cgroup)
-            tools.cgroups.remove(self.cgroup)
 
 
 class Container:
@@ -391,7 +213,7 @@ class Container:
                 raise FailedPrecondition(f"container {self.id[:12]} has ended")
             if self.status.state is State.RUNNING:
                 path = f"{self.tools.layout.bundle(self.id)}/resources.json"
-                _write_json(path, fitted)
+                write_json(path, fitted)
                 try:
                     await self.tools.crun.update(self.id, path)
                 finally:
@@ -463,6 +285,8 @@ class Container:
             raise AlreadyExists(f"exec {ident} exists")
         if len(self.execs) >= MAX_EXECS:
             raise ResourceExhausted(f"container {self.id[:12]} has {MAX_EXECS} execs already")
+        from hyperpod.agent.execs import Exec  # a guest's start does without
+
         made = self.execs[ident] = Exec(ident, self, tty=tty, stdin=stdin)
         try:
             return await made.start(self.tools, process)
@@ -489,27 +313,17 @@ class Container:
             raise NotFound(f"container {self.id[:12]} has no exec {ident[:32]}")
         return found
 
-    async def leave_exec(self, ident: str) -> None:
-        """An ended one; an unknown one is fine."""
+    async def remove_exec(self, ident: str, *, kill: bool) -> None:
+        """One that runs is killed. `kill`: also what an ended one has left in the background, which goes on
+        otherwise. An unknown one is fine."""
         found = self.execs.get(ident)
-        if found is not None and found.exited is not None:
-            del self.execs[ident]
-            self._left = [old for old in (*self._left, found) if not old.leave(self.tools)]
-
-    async def forget_exec(self, ident: str) -> None:
-        """Kill one that runs; what an ended one has left in the background goes on. An unknown one is fine."""
-        found = self.execs.get(ident)
-        if found is not None and found.exited is not None and found.exited.done():
-            await self.leave_exec(ident)
-        else:
-            await self.remove_exec(ident)
-
-    async def remove_exec(self, ident: str) -> None:
-        """And kill all that is left of it. An unknown one is fine."""
-        found = self.execs.get(ident)
-        if found is not None and found.exited is not None:
-            del self.execs[ident]
+        if found is None or found.exited is None:
+            return
+        del self.execs[ident]
+        if kill or not found.exited.done():
             await found.remove(self.tools)
+        else:
+            self._left = [old for old in (*self._left, found) if not old.leave(self.tools)]
 
     async def remove(self) -> None:
         """Kill, unmount, forget. Raises Unavailable when its processes survive."""
@@ -520,7 +334,7 @@ class Container:
                 self.io.close()
                 await bounded(self._over.wait(), REMOVE_TIMEOUT, f"the end of container {self.id[:12]}")
             for ident in list(self.execs):
-                await self.remove_exec(ident)
+                await self.remove_exec(ident, kill=True)
             self.tools.crun.forget(self.id)
             self.tools.cgroups.remove(self.cgroup)
             self.io.close()

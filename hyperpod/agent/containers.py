@@ -7,11 +7,12 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hyperpod.agent.container import Container, Tools
+from hyperpod.agent.container import Container
 from hyperpod.agent.events import EventLog, Status
 from hyperpod.agent.layers import LayerSource
 from hyperpod.agent.security import Security
 from hyperpod.agent.streams import Stream
+from hyperpod.agent.tools import Tools
 from hyperpod.errors import AlreadyExists, InvalidArgument, NotFound, ResourceExhausted
 from hyperpod.tasks import Operations
 from hyperpod.wire.stdio import Open
@@ -194,8 +195,9 @@ class Containers:
         found = self._known.get(container)
         await self._operations.wait(f"exec/{container}/{ident}")
         if found is not None:
-            end = found.remove_exec if kill else found.forget_exec
-            await self._operations.run(f"remove-exec/{container}/{ident}", lambda: end(ident))
+            await self._operations.run(
+                f"remove-exec/{container}/{ident}", lambda: found.remove_exec(ident, kill=kill)
+            )
 
     def stream(self, what: Open) -> Stream:
         """Raises NotFound."""

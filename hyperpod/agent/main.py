@@ -15,13 +15,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hyperpod.agent import messages
-from hyperpod.agent.container import Tools
 from hyperpod.agent.containers import Containers
 from hyperpod.agent.environment import GuestPlace, Place, phase
 from hyperpod.agent.listener import CONTROL_PORT, STDIO_PORT, Listener, listen_unix, listen_vsock
 from hyperpod.agent.reaper import Reaper
 from hyperpod.agent.service import AgentService, h2_factory
 from hyperpod.agent.stdio import StdioConnection
+from hyperpod.agent.tools import Tools
 from hyperpod.errors import HyperpodError
 from hyperpod.tasks import TaskOwner, report_on
 from hyperpod.wire.preface import Identity

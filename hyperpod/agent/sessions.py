@@ -128,7 +128,7 @@ class ProcessStream:
                 await self._containers.remove_exec(what.container, what.exec_id, kill=True)
             return
         if session.done():
-            await self._container.leave_exec(what.exec_id)
+            await self._container.remove_exec(what.exec_id, kill=False)
             return
         found.io.hang_up()
         cgroups.signal_all(found.cgroup, signal.SIGHUP)

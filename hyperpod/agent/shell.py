@@ -28,8 +28,8 @@ from hyperpod.wire.process import OUTPUT_GRACE, decode_resize, encode_exit
 from hyperpod.wire.stdio import Frame, FrameType, Open, encode_opened
 
 if TYPE_CHECKING:
-    from hyperpod.agent.container import Tools
     from hyperpod.agent.streams import Peer, Stream
+    from hyperpod.agent.tools import Tools
 
 log = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from hyperpod.shim.service import ShimOptions, Stored
 from hyperpod.supervisor import linux
 
 LATER = (
+    "hyperpod.agent.execs",
     "hyperpod.agent.sessions",
     "hyperpod.agent.stats",
     "hyperpod.agent.workdir",

@@ -21,7 +21,6 @@ from grpclib.exceptions import GRPCError
 from grpclib.protocol import H2Protocol
 
 from hyperpod.agent.cgroups import Cgroups
-from hyperpod.agent.container import Tools
 from hyperpod.agent.containers import Containers
 from hyperpod.agent.environment import Place
 from hyperpod.agent.layout import Layout
@@ -30,6 +29,7 @@ from hyperpod.agent.reaper import Reaper
 from hyperpod.agent.service import AgentService, h2_factory
 from hyperpod.agent.stdio import StdioConnection
 from hyperpod.agent.streams import Stream
+from hyperpod.agent.tools import Tools
 from hyperpod.api.gen.hyperpod.agent import v1
 from hyperpod.errors import Unavailable
 from hyperpod.shim.caller import ControlCaller
