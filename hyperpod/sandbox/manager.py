@@ -269,6 +269,7 @@ class SandboxManager:
             max_memory_mib=vm.max_memory_mib,
             host_memory_mib=artifacts.host_size().memory_mib,
             host_cpus=artifacts.host_size().vcpus,
+            emulated=emulated,
             only_cpu="emulated, and its kernel patches itself" if one_at_most else "",
             # Where the kubelet sets a limit, it knows one of every container.
             bounded=not (parent and self.cgroups.is_unlimited(parent_folder(parent))),

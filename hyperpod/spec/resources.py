@@ -9,11 +9,12 @@ from __future__ import annotations
 from hyperpod.errors import InvalidArgument
 from hyperpod.model.sandbox import VmSize
 from hyperpod.model.security import LinuxResources
+from hyperpod.spec.domain import TRANSLATED_MIB
 
 MIB = 1 << 20
 ROUND_MIB = 16
 HOST_SHARE_MIB = 64
-"""What QEMU (its translated code included) and the shim take beside the guest's RAM."""
+"""What QEMU, virtiofsd and the shim take beside the guest's RAM; an emulator has its translated code as well."""
 
 DEFAULT_PERIOD = 100_000
 """Microseconds; the kernel's default CFS period, meant where a quota comes without one."""
@@ -31,6 +32,7 @@ def vm_size(
     max_memory_mib: int,
     host_memory_mib: int,
     host_cpus: int,
+    emulated: bool = False,
     only_cpu: str = "",
     bounded: bool = True,
 ) -> VmSize:
@@ -55,10 +57,11 @@ def vm_size(
     clamped = min(max(vcpus, 1), limit)
     reason = f"{base_mib} base + max({wanted}, {floor_mib})"
     # The pod's cgroup on the host has room for limit and overhead; the base comes out of the latter.
-    if 0 < overhead.memory_limit < (base_mib + HOST_SHARE_MIB) * MIB:
+    share = HOST_SHARE_MIB + (TRANSLATED_MIB if emulated else 0)
+    if 0 < overhead.memory_limit < (base_mib + share) * MIB:
         reason += (
             f"; the pod's overhead of {overhead.memory_limit // MIB} MiB is less than the {base_mib} MiB of the "
-            f"guest and the {HOST_SHARE_MIB} MiB of QEMU and shim: its cgroup may be too small for it"
+            f"guest and the {share} MiB of QEMU and shim: its cgroup may be too small for it"
         )
     if clamped != vcpus:
         reason += f"; {vcpus} vCPUs asked for, {limit} is the most here"

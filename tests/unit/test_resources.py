@@ -40,6 +40,14 @@ def test_limit_and_floor_and_overhead() -> None:
     assert "overhead" not in enough.reason
 
 
+@pytest.mark.parametrize("overhead", [160, 287, 288])
+def test_an_emulator_keeps_translated_code_in_the_pods_cgroup(overhead: int) -> None:
+    emulated = size(
+        LinuxResources(memory_limit=1), LinuxResources(memory_limit=overhead * MIB), emulated=True
+    )
+    assert ("the 192 MiB of QEMU and shim" in emulated.reason) == (overhead < 288)
+
+
 def test_a_container_without_a_limit_beside_one_that_has_one() -> None:
     sidecar = LinuxResources(memory_limit=64 * MIB)
     assert size(sidecar).memory_mib == 256
