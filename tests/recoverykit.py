@@ -53,6 +53,11 @@ async def leaving_nothing(daemon: Daemon, handler: str = "") -> AsyncIterator[Cr
             await _remove_all(client)
 
 
+async def numbers(client: Cri, container: str) -> list[int]:
+    """Of the lines that it has logged so far, whose second word they are."""
+    return [int(text.split()[1]) for _, _, text in await client.log(container)]
+
+
 def reboot(daemon: Daemon, pod: str) -> None:
     """What a reboot of the host leaves of a daemon and its pod: the state folder, with the boot of before in it."""
     daemon.stop()

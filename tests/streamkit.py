@@ -37,6 +37,25 @@ ALL = Wanted(stdin=True, stdout=True, stderr=True)
 TTY = Wanted(stdin=True, stdout=True, tty=True)
 
 
+async def forwarded(url: str, port: int, data: bytes) -> bytes:
+    """What the pod's port answers to `data` and its end; it may take a while until something listens there."""
+    client = await SpdyClient.connect(url, "portforward.k8s.io")
+    async with asyncio.timeout(TIMEOUT):
+        for attempt in range(50):
+            headers = (("port", str(port)), ("requestid", str(attempt)))
+            error = await client.open((("streamtype", "error"), *headers))
+            stream = await client.open((("streamtype", "data"), *headers))
+            await stream.write(data)
+            await stream.end()
+            got, text = await asyncio.gather(stream.read_all(), error.read_all())
+            if not text:
+                break
+            assert b"refused" in text
+            await asyncio.sleep(0.2)
+    await client.close()
+    return got
+
+
 @dataclass
 class Known:
     """What the daemon would know of a container."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
 from hyperpod.api.gen.runtime import v1 as cri
-from hyperpod.cli.streamclient import SpdyClient
 from hyperpod.wire.remotecommand import Wanted
-from tests.agentkit import TIMEOUT
-from tests.daemonkit import Cri
-from tests.streamkit import Command, exit_code
+from tests.daemonkit import BUSYBOX, Cri
+from tests.streamkit import Command, exit_code, forwarded
 
 BASE, LENGTH = 700_000, 65_536
 POD, CONTAINER = cri.NamespaceMode.POD, cri.NamespaceMode.CONTAINER
@@ -59,6 +56,19 @@ def volume(source: Path, **more: Any) -> cri.Mount:
     )
 
 
+async def image_volume(client: Cri, pod: str) -> None:
+    """Its files are the namespace's root's, and programs."""
+    mount = cri.Mount(
+        container_path="/i",
+        image=cri.ImageSpec(image=BUSYBOX),
+        readonly=True,
+        uid_mappings=mappings(),
+        gid_mappings=mappings(),
+    )
+    lines = await output(client, pod, "stat -c %u /i/bin/busybox; /i/bin/busybox echo runs", mounts=[mount])
+    assert lines == ["0", "runs"]
+
+
 async def streams(client: Cri, pod: str) -> None:
     """A terminal of a user's, and a forwarded port below 1024 that a container's root opened."""
     container = await client.sh(pod, "while :; do nc -l -p 81 -e cat; done", linux=context())
@@ -71,18 +81,4 @@ async def streams(client: Cri, pod: str) -> None:
     assert exit_code(status) == 0, out
     assert out.split()[:2] == [b"/dev/pts/0", b"0"], out
     url = (await client.runtime.port_forward(cri.PortForwardRequest(pod_sandbox_id=pod))).url
-    forward = await SpdyClient.connect(url, "portforward.k8s.io")
-    async with asyncio.timeout(TIMEOUT):
-        for attempt in range(50):
-            headers = (("port", "81"), ("requestid", str(attempt)))
-            error = await forward.open((("streamtype", "error"), *headers))
-            stream = await forward.open((("streamtype", "data"), *headers))
-            await stream.write(b"through")
-            await stream.end()
-            got, text = await asyncio.gather(stream.read_all(), error.read_all())
-            if not text:
-                break
-            assert b"refused" in text  # not listening yet
-            await asyncio.sleep(0.2)
-    assert got == b"through"
-    await forward.close()
+    assert await forwarded(url, 81, b"through") == b"through"

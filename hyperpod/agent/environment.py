@@ -55,6 +55,13 @@ class Place:
         """Take what Hello brings. Raises InvalidArgument."""
         raise NotImplementedError
 
+    def write_files(self, hello: v1.HelloRequest) -> None:
+        """Those of names, which are the pod's user's."""
+        if hello.resolv_conf or hello.hosts:
+            podfiles.write(self.layout, hello.resolv_conf, hello.hosts, hello.hostname)
+            if self.user is not None:
+                podfiles.give(self.layout, self.user)
+
     def set_clock(self, ns: int) -> None:
         """Nothing on a host."""
 
@@ -110,10 +117,7 @@ class GuestPlace(Place):
         # After the network: a pod's settings of its interfaces are meant for those that are there.
         for name, value in hello.sysctls.items():
             set_sysctl(name, value, self.user)
-        if hello.resolv_conf or hello.hosts:
-            podfiles.write(self.layout, hello.resolv_conf, hello.hosts, hello.hostname)
-            if self.user is not None:
-                podfiles.give(self.layout, self.user)
+        self.write_files(hello)
 
     def set_clock(self, ns: int) -> None:
         if ns > 0:

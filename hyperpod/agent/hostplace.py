@@ -14,7 +14,7 @@ import resource
 from dataclasses import dataclass
 from typing import Any
 
-from hyperpod.agent import linux, podfiles, rootfs, userns
+from hyperpod.agent import linux, rootfs, userns
 from hyperpod.agent.cgroups import ROOT as CGROUP_ROOT
 from hyperpod.agent.cgroups import Cgroups
 from hyperpod.agent.crun import Crun
@@ -112,10 +112,7 @@ class HostPlace(Place):
             if not self._owns(name):
                 raise InvalidArgument(f"sysctl {name[:80]!r} is the host's; the pod has no namespace for it")
             set_sysctl(name, value, self.user)
-        if hello.resolv_conf or hello.hosts:
-            podfiles.write(self.layout, hello.resolv_conf, hello.hosts, hello.hostname)
-            if self.user is not None:
-                podfiles.give(self.layout, self.user)
+        self.write_files(hello)
 
     def _owns(self, sysctl: str) -> bool:
         from hyperpod.spec.sysctls import namespace_of  # most pods name none

@@ -24,9 +24,9 @@ from hyperpod.errors import InvalidArgument
 from hyperpod.sandbox.cgroup import SandboxCgroups, mounted, qemu_pid
 from hyperpod.spec.cgroup import Hierarchy, sandbox_folder
 from tests import runs
+from tests.cgroupkit import USED, cgroups_of
 
 MOUNTED = mounted()
-USED = [h for h in MOUNTED if "devices" not in h.controllers]
 NOWHERE: Any = None
 V2 = [h for h in MOUNTED if h.unified]
 
@@ -62,17 +62,6 @@ async def sleeper(name: str = "") -> AsyncIterator[Process]:
         if process.returncode is None:
             process.kill()
         await process.wait()
-
-
-def cgroups_of(pid: int) -> set[str]:
-    """The distinct cgroups of all threads, in the hierarchies in use."""
-    found = set()
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for line in (task / "cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers != "devices":
-                found.add(path)
-    return found
 
 
 def folders(path: str) -> list[Path]:

@@ -22,7 +22,7 @@ from tests import usernskit
 from tests.daemonkit import Cri, Daemon
 from tests.host.conftest import ALLOWED, host_daemon_of
 from tests.host.test_lifecycle import HOLD
-from tests.recoverykit import AGAIN, client_of, killed_at_every_step, life, reboot
+from tests.recoverykit import AGAIN, client_of, killed_at_every_step, life, numbers, reboot
 
 COUNTER = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done"
 
@@ -31,10 +31,6 @@ COUNTER = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.02; done"
 def own_daemon() -> Iterator[Daemon]:
     with host_daemon_of(ALLOWED) as one:
         yield one
-
-
-async def numbers(client: Cri, container: str) -> list[int]:
-    return [int(text.split()[1]) for _, _, text in await client.log(container)]
 
 
 async def goes_on(client: Cri, container: str) -> None:

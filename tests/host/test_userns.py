@@ -15,10 +15,21 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from hyperpod.api.gen.runtime import v1 as cri
-from tests.daemonkit import BUSYBOX, Cri
+from tests.daemonkit import Cri
 from tests.host.test_lifecycle import until_logged
 from tests.netkit import echoed
-from tests.usernskit import BASE, LENGTH, OWN, context, mappings, output, run_pod, streams, userns, volume
+from tests.usernskit import (
+    BASE,
+    LENGTH,
+    OWN,
+    context,
+    image_volume,
+    output,
+    run_pod,
+    streams,
+    userns,
+    volume,
+)
 
 POD, NODE, TARGET = cri.NamespaceMode.POD, cri.NamespaceMode.NODE, cri.NamespaceMode.TARGET
 
@@ -216,17 +227,7 @@ async def test_variables_that_are_no_text(cri_client: Cri) -> None:
 
 
 async def test_an_image_as_a_volume(cri_client: Cri) -> None:
-    pod = await run_pod(cri_client)
-    mount = cri.Mount(
-        container_path="/i",
-        image=cri.ImageSpec(image=BUSYBOX),
-        readonly=True,
-        uid_mappings=mappings(),
-        gid_mappings=mappings(),
-    )
-    assert await output(cri_client, pod, "stat -c %u /i/bin/busybox; /i/bin/busybox echo runs", mounts=[mount]) == [
-        "0", "runs"
-    ]  # fmt: skip
+    await image_volume(cri_client, await run_pod(cri_client))
 
 
 @pytest.mark.parametrize(

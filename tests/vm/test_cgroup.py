@@ -14,13 +14,11 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from hyperpod.api.gen.runtime import v1 as cri
-from hyperpod.sandbox.cgroup import mounted
 from hyperpod.spec.cgroup import sandbox_folder
+from tests.cgroupkit import USED, cgroups_of
 from tests.daemonkit import Cri
 
 pytestmark = pytest.mark.vm
-
-USED = [h for h in mounted() if "devices" not in h.controllers]
 
 
 @pytest.fixture
@@ -45,17 +43,6 @@ def members(pod: str, client: Cri) -> dict[str, int]:
     """The pids of the pod's shim and QEMU."""
     lines = [line for line in client.daemon.processes() if pod[:12] in line]
     return {kind: int(line.split()[0]) for line in lines for kind in ("qemu-system", "shim") if kind in line}
-
-
-def cgroups_of(pid: int) -> set[str]:
-    """Of every thread, in every tree but `devices`, which is libvirt's."""
-    found = set()
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for line in (task / "cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers != "devices":
-                found.add(path)
-    return found
 
 
 def score(pid: int) -> int:

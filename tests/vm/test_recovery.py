@@ -15,7 +15,7 @@ from grpclib.exceptions import GRPCError, StreamTerminatedError
 from hyperpod import failpoints
 from hyperpod.api.gen.runtime import v1 as cri
 from tests.daemonkit import Cri, Daemon, daemon
-from tests.recoverykit import killed_at_every_step, reboot
+from tests.recoverykit import killed_at_every_step, numbers, reboot
 
 pytestmark = pytest.mark.vm
 
@@ -27,10 +27,6 @@ def own_daemon() -> Iterator[Daemon]:
 
 
 COUNTER = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.05; done"
-
-
-async def numbers(client: Cri, container: str) -> list[int]:
-    return [int(text.split()[1]) for _, _, text in await client.log(container)]
 
 
 async def test_pods_survive_kill_of_daemon_and_shim(own_daemon: Daemon) -> None:

@@ -14,10 +14,9 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from hyperpod.api.gen.runtime import v1 as cri
-from hyperpod.cli.streamclient import SpdyClient
 from tests.agentkit import TIMEOUT
 from tests.daemonkit import ROOT, Cri, Daemon
-from tests.streamkit import ALL, OUT, Command, WebSocket, exit_code
+from tests.streamkit import ALL, OUT, Command, WebSocket, exit_code, forwarded
 
 ECHO = "while true; do nc -l -p 7000 -e cat; done"
 
@@ -68,22 +67,8 @@ async def test_attach(cri_client: Cri, pod: str) -> None:
 async def test_port_forward_to_what_listens_in_the_pod(cri_client: Cri, pod: str) -> None:
     container = await cri_client.run(pod, "sh", "-c", ECHO)
     url = (await cri_client.runtime.port_forward(cri.PortForwardRequest(pod_sandbox_id=pod))).url
-    client = await SpdyClient.connect(url, "portforward.k8s.io")
     data = os.urandom(300_000)
-    async with asyncio.timeout(TIMEOUT):
-        for attempt in range(50):
-            headers = (("port", "7000"), ("requestid", str(attempt)))
-            error = await client.open((("streamtype", "error"), *headers))
-            stream = await client.open((("streamtype", "data"), *headers))
-            await stream.write(data)
-            await stream.end()
-            got, text = await asyncio.gather(stream.read_all(), error.read_all())
-            if not text:
-                break
-            assert b"refused" in text  # not listening yet
-            await asyncio.sleep(0.2)
-    assert got == data
-    await client.close()
+    assert await forwarded(url, 7000, data) == data
     await cri_client.stop(container)
 
 

@@ -8,9 +8,20 @@ from pathlib import Path
 import pytest
 
 from hyperpod.api.gen.runtime import v1 as cri
-from tests.daemonkit import BUSYBOX, Cri
+from tests.daemonkit import Cri
 from tests.netkit import echoed
-from tests.usernskit import BASE, LENGTH, OWN, context, mappings, output, run_pod, streams, userns, volume
+from tests.usernskit import (
+    BASE,
+    LENGTH,
+    OWN,
+    context,
+    image_volume,
+    output,
+    run_pod,
+    streams,
+    userns,
+    volume,
+)
 
 pytestmark = pytest.mark.vm
 
@@ -40,15 +51,7 @@ async def _ids(client: Cri, pod: str) -> None:
     assert mapped.split() == ["0", str(BASE), str(LENGTH)]
     assert lines[:-1] == ["0:0", "0:0", "7:8", "77", "7", "made"]
     assert "denied" in lines[-1] or "Read-only" in lines[-1]
-    image = cri.Mount(
-        container_path="/i",
-        image=cri.ImageSpec(image=BUSYBOX),
-        readonly=True,
-        uid_mappings=mappings(),
-        gid_mappings=mappings(),
-    )
-    lines = await output(client, pod, "stat -c %u /i/bin/busybox; /i/bin/busybox echo runs", mounts=[image])
-    assert lines == ["0", "runs"]
+    await image_volume(client, pod)
 
 
 async def _volumes(client: Cri, pod: str, folder: Path) -> None:
