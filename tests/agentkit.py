@@ -25,7 +25,8 @@ from hyperpod.errors import ProtocolError, Unavailable
 from hyperpod.spec.oci import ContainerSpecInput, build_process, build_spec
 from hyperpod.vsock.dial import Endpoint, HostEndpoint
 from hyperpod.vsock.open import STDIO_PORT, open_agent
-from hyperpod.wire.stdio import HostReader, Open, StdinSender
+from hyperpod.wire.stdio import Open
+from hyperpod.wire.stdioends import HostReader, StdinSender
 from images import envexec
 
 REPOSITORY = Path(__file__).parent.parent

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from hyperpod.errors import ProtocolError
 from hyperpod.wire.preface import AgentPreface, Identity, PrefaceRefused
-from hyperpod.wire.stdio import AgentSender, FrameDecoder, Open, decode_open, encode_error
+from hyperpod.wire.stdio import FrameDecoder, Open, decode_open, encode_error
+from hyperpod.wire.stdioends import AgentSender
 
 Source = Callable[[int], bytes]
 """Up to so many bytes that come next; b"" is the end."""

@@ -15,9 +15,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hyperpod.agent import envexec, podfiles, rootfs, security
-from hyperpod.agent.crun import write_json
 from hyperpod.agent.events import State, Status
 from hyperpod.agent.layers import LayerSource
+from hyperpod.agent.ocispec import OciSpec, write_json
 from hyperpod.agent.process import ProcessIO
 from hyperpod.agent.resources import adapt, lifts_quota
 from hyperpod.agent.security import Security
@@ -33,7 +33,6 @@ from hyperpod.errors import (
 from hyperpod.tasks import bounded
 
 if TYPE_CHECKING:
-    from hyperpod.agent.containers import OciSpec
     from hyperpod.agent.execs import Exec
     from hyperpod.agent.imagemount import ImageVolume
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
 
 from hyperpod.agent.layout import Layout
 from hyperpod.agent.reaper import Reaper
@@ -138,12 +137,6 @@ class Crun:
 def _preserved(child: list[int]) -> list[str]:
     """The option for descriptors beyond the first three."""
     return [f"--preserve-fds={len(child) - 3}"] if len(child) > 3 else []
-
-
-def write_json(path: str, document: dict[str, Any]) -> None:
-    """A file that crun is to read."""
-    with open(path, "w") as file:
-        file.write(json.dumps(document))
 
 
 def failure(what: str, code: int, log: bytes) -> HyperpodError:

@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from hyperpod.agent import envexec, security
-from hyperpod.agent.crun import write_json
+from hyperpod.agent.ocispec import write_json
 from hyperpod.agent.process import ProcessIO
 from hyperpod.errors import HyperpodError, NotFound
 

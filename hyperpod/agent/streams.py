@@ -14,15 +14,8 @@ import stat
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from hyperpod.wire.stdio import (
-    WINDOW,
-    AgentSender,
-    Frame,
-    Open,
-    StdinReceiver,
-    encode_handover,
-    encode_opened,
-)
+from hyperpod.wire.stdio import WINDOW, Frame, Open, encode_handover, encode_opened
+from hyperpod.wire.stdioends import AgentSender, StdinReceiver
 
 
 class Peer(Protocol):

@@ -17,7 +17,8 @@ from hyperpod.errors import DeadlineExceeded, GuestError, HyperpodError, Unavail
 from hyperpod.logs import printable
 from hyperpod.shim.dialer import AgentDialer
 from hyperpod.shim.sessions.socket import Turns
-from hyperpod.wire.stdio import ACK_EVERY, HostReader, Open
+from hyperpod.wire.stdio import ACK_EVERY, Open
+from hyperpod.wire.stdioends import HostReader
 
 log = logging.getLogger(__name__)
 

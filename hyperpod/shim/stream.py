@@ -14,7 +14,8 @@ from hyperpod.logs import printable
 from hyperpod.shim.dialer import AgentDialer
 from hyperpod.shim.sessions.tap import Fanout
 from hyperpod.wire.crilog import LineFormatter
-from hyperpod.wire.stdio import Frame, HostReader, Open
+from hyperpod.wire.stdio import Frame, Open
+from hyperpod.wire.stdioends import HostReader
 
 log = logging.getLogger(__name__)
 

@@ -125,7 +125,7 @@ def build_spec(spec: ContainerSpecInput) -> bytes:
         document["linux"]["rootfsPropagation"] = spec.root_propagation
     if spec.annotations:
         document = {"annotations": dict(spec.annotations), **document}
-    # Last of all: the agent leaves the text of a filter at the end as it is (OciSpec in agent/containers.py).
+    # Last of all: the agent leaves the text of a filter at the end as it is (agent/ocispec.py).
     if spec.seccomp is not None:
         document["linux"]["seccomp"] = spec.seccomp
     return _encode(document)

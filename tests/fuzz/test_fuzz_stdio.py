@@ -9,18 +9,8 @@ import pytest
 
 from hyperpod.errors import ProtocolError
 from hyperpod.wire import stdio
-from hyperpod.wire.stdio import (
-    HEADER,
-    MAX_PAYLOAD,
-    WINDOW,
-    AgentSender,
-    Frame,
-    FrameDecoder,
-    HostReader,
-    Open,
-    StdinReceiver,
-    StdinSender,
-)
+from hyperpod.wire.stdio import HEADER, MAX_PAYLOAD, WINDOW, Frame, FrameDecoder, Open
+from hyperpod.wire.stdioends import AgentSender, HostReader, StdinReceiver, StdinSender
 
 CONTAINER = "ab" * 32
 

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hyperpod.agent import podfiles
-from hyperpod.agent.containers import OciSpec, check_id, parse_object
+from hyperpod.agent.containers import check_id
 from hyperpod.agent.crun import failure
 from hyperpod.agent.events import KEPT, EventLog, Status
 from hyperpod.agent.layers import serial_in
 from hyperpod.agent.layout import Layout
+from hyperpod.agent.ocispec import OciSpec, parse_object
 from hyperpod.agent.reaper import exit_code
 from hyperpod.agent.rootfs import remove_tree
 from hyperpod.agentclient.channel import BoundedCodec

@@ -16,16 +16,13 @@ from hyperpod.wire.stdio import (
     HEADER,
     MAX_PAYLOAD,
     WINDOW,
-    AgentSender,
     Frame,
     FrameDecoder,
     FrameType,
-    HostReader,
     Open,
-    StdinReceiver,
-    StdinSender,
     StreamRefused,
 )
+from hyperpod.wire.stdioends import AgentSender, HostReader, StdinReceiver, StdinSender
 
 CONTAINER, EXEC = "ab" * 32, "cd" * 16
 

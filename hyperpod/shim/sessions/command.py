@@ -31,7 +31,8 @@ from hyperpod.wire.remotecommand import (
     StdinEnded,
     remote_command,
 )
-from hyperpod.wire.stdio import ACK_EVERY, HostReader, Open
+from hyperpod.wire.stdio import ACK_EVERY, Open
+from hyperpod.wire.stdioends import HostReader
 
 log = logging.getLogger(__name__)
 

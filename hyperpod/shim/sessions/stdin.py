@@ -11,7 +11,8 @@ from hyperpod.errors import DeadlineExceeded, HyperpodError, Unavailable
 from hyperpod.shim.dialer import AgentDialer
 from hyperpod.shim.sessions.direct import PipeEnd, connect, taken
 from hyperpod.shim.sessions.socket import Buffer, StreamSocket
-from hyperpod.wire.stdio import Open, StdinSender, StreamRefused
+from hyperpod.wire.stdio import Open, StreamRefused
+from hyperpod.wire.stdioends import StdinSender
 
 log = logging.getLogger(__name__)
 
