@@ -30,7 +30,7 @@ from hyperpod.wire.stdioends import HostReader, StdinSender
 from images import envexec
 
 REPOSITORY = Path(__file__).parent.parent
-TIMEOUT = 60.0
+TIMEOUT = 180.0
 """Seconds for anything in these tests; an emulated guest on a loaded host is slow."""
 
 APPLETS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from hyperpod.sandbox.cgroup import mounted
@@ -14,8 +15,9 @@ def cgroups_of(pid: int) -> set[str]:
     """The distinct ones of all its threads, in USED."""
     found = set()
     for task in Path(f"/proc/{pid}/task").iterdir():
-        for line in (task / "cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers != "devices":
-                found.add(path)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # QEMU's workers come and go
+            for line in (task / "cgroup").read_text().splitlines():
+                _, controllers, path = line.split(":", 2)
+                if controllers != "devices":
+                    found.add(path)
     return found

@@ -13,14 +13,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from grpclib.client import Channel
 
 from hyperpod.api.gen.hyperpod.admin.v1 import AdminStub, LoadRequest
 from hyperpod.api.gen.runtime import v1 as cri
+from hyperpod.processes import stat_fields
 from tests import daemonlogs, runs
 from tests.netkit import Network, taps
 
@@ -30,8 +31,9 @@ BUSYBOX = "docker.io/library/busybox:latest"
 PROCESSES = ("qemu", "shim", "virtiofsd", "hyperpod-agent")
 """Words of the command lines of what a pod has on the host."""
 
-READY = 60.0
-"""Seconds for a daemon to listen, with libvirt's first probe of an emulator on a loaded host."""
+PATIENCE = 180.0
+"""Seconds for whatever is waited for. On a busy host an emulated guest is ten times slower; who comes in time does
+not wait longer for it."""
 
 
 def artifact(variable: str, script: str) -> Path:
@@ -89,7 +91,7 @@ class Daemon:
 
     def wait_ready(self) -> None:
         """Wait for one more "ready" line than were seen before."""
-        deadline = time.monotonic() + READY
+        deadline = time.monotonic() + PATIENCE
         while (count := self.text().count("ready on unix://")) <= self._ready_seen:
             assert self.process is not None
             assert self.process.poll() is None, f"the supervisor ended:\n{self.text()[-4000:]}"
@@ -103,11 +105,15 @@ class Daemon:
     def pid(self) -> int:
         """The daemon's own pid (the supervisor's child that runs hyperpod.daemon)."""
         assert self.process is not None
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        for child in children:
+        # Not by the kernel's list of children, which leaves some out when another ends meanwhile.
+        for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if b"hyperpod.daemon" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    return int(child)
+                if (
+                    entry.name.isdecimal()
+                    and b"hyperpod.daemon" in (entry / "cmdline").read_bytes()
+                    and int(stat_fields(entry.name)[1]) == self.process.pid
+                ):
+                    return int(entry.name)
         raise AssertionError("the daemon is not running")
 
     def kill_daemon(self) -> None:
@@ -124,7 +130,7 @@ class Daemon:
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(30)
+                self.process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -291,7 +297,7 @@ class Cri:
         assert reply.status is not None
         return reply.status
 
-    async def wait(self, container: str, seconds: float = 60.0) -> cri.ContainerStatus:
+    async def wait(self, container: str, seconds: float = PATIENCE) -> cri.ContainerStatus:
         """Until it has exited."""
         deadline = time.monotonic() + seconds
         while (status := await self.status(container)).state != cri.ContainerState.CONTAINER_EXITED:
@@ -308,10 +314,30 @@ class Cri:
             out.append((stream, tag, text))
         return out
 
+    async def logged(self, container: str, *texts: str) -> list[tuple[str, str, str]]:
+        """The log, once each of `texts` is a line of it; whichever comes last, two streams have no order."""
+
+        def there(log: list[tuple[str, str, str]]) -> bool:
+            return set(texts) <= {text for _, _, text in log}
+
+        return await eventually(lambda: self.log(container), there)
+
     async def exec(self, container: str, *argv: str, timeout: int = 60) -> cri.ExecSyncResponse:
         return await self.runtime.exec_sync(
             cri.ExecSyncRequest(container_id=container, cmd=list(argv), timeout=timeout)
         )
+
+
+Seen = TypeVar("Seen")
+
+
+async def eventually(look: Callable[[], Awaitable[Seen]], good: Callable[[Seen], bool]) -> Seen:
+    """What `look` sees as soon as that is `good`."""
+    deadline = time.monotonic() + PATIENCE
+    while not good(seen := await look()):
+        assert time.monotonic() < deadline, f"after {PATIENCE} s still: {seen}"
+        await asyncio.sleep(0.05)
+    return seen
 
 
 @contextlib.contextmanager

@@ -7,15 +7,16 @@ import contextlib
 import os
 import shutil
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 
 from grpclib.exceptions import GRPCError, StreamTerminatedError
 
 from hyperpod.api.gen.runtime import v1 as cri
-from tests.daemonkit import Cri, Daemon
+from tests.daemonkit import PATIENCE, Cri, Daemon
 
-AGAIN = 60.0
+AGAIN = PATIENCE
 """Seconds for a killed daemon to be there again, and to have undone what the dead one has left."""
 
 TRIES = 5
@@ -61,8 +62,11 @@ async def numbers(client: Cri, container: str) -> list[int]:
 def reboot(daemon: Daemon, pod: str) -> None:
     """What a reboot of the host leaves of a daemon and its pod: the state folder, with the boot of before in it."""
     daemon.stop()
-    for line in daemon.processes():
-        os.kill(int(line.split()[0]), signal.SIGKILL)
+    while processes := daemon.processes():
+        for line in processes:
+            with contextlib.suppress(ProcessLookupError):  # one that ends with another
+                os.kill(int(line.split()[0]), signal.SIGKILL)
+        time.sleep(0.02)
     record = daemon.state / "sandboxes" / pod / "record.json"
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     record.write_text(record.read_text().replace(boot_id, "0" * len(boot_id)))

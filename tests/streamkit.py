@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -41,7 +42,7 @@ async def forwarded(url: str, port: int, data: bytes) -> bytes:
     """What the pod's port answers to `data` and its end; it may take a while until something listens there."""
     client = await SpdyClient.connect(url, "portforward.k8s.io")
     async with asyncio.timeout(TIMEOUT):
-        for attempt in range(50):
+        for attempt in itertools.count():
             headers = (("port", str(port)), ("requestid", str(attempt)))
             error = await client.open((("streamtype", "error"), *headers))
             stream = await client.open((("streamtype", "data"), *headers))

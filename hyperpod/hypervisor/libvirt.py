@@ -93,6 +93,8 @@ class LibvirtHypervisor:
 
     async def open(self) -> None:
         choice = await asyncio.to_thread(accelerator.probe, self._setting)
+        if self._root is not None:
+            await asyncio.to_thread(orphans.forget_unstarted, self._root)
         await self._connection.open(self._on_event, self._on_lost)
         try:
             machine = await self._connection.call(

@@ -14,8 +14,10 @@ import os
 import select
 import shutil
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +85,41 @@ def sweep(root: Path, known: set[str]) -> list[Orphan]:
     for orphan in orphans:
         log.warning("ending process %d of the unknown domain %s", orphan.pid, orphan.domain)
         _kill(orphan, root, known)
-        for file in orphan.files:
-            if file.is_dir():
-                shutil.rmtree(file, ignore_errors=True)
-            else:
-                file.unlink(missing_ok=True)
+        _remove(orphan.files)
         remove_cgroups(orphan.domain)
     return orphans
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
+        if file.is_dir():
+            shutil.rmtree(file, ignore_errors=True)
+        else:
+            file.unlink(missing_ok=True)
+
+
+def forget_unstarted(root: Path) -> list[str]:
+    """Before libvirt is opened: remove domains whose QEMU was about to be started at our end; gives their names.
+
+    Such a one's status file has no pid in it. libvirt 9.0 takes the start that it tells of for one that goes on, so
+    that nobody could ever destroy the domain. QEMU itself waits until its pid is on record, and ends when we do.
+    """
+    names = []
+    for file in (root / "run" / "qemu").glob("*.xml"):
+        if _recorded_pid(file) == "0":
+            log.warning("domain %s was about to be started; forgetting it", file.stem)
+            _remove(_files(root, file.stem))
+            remove_cgroups(file.stem)
+            names.append(file.stem)
+    return names
+
+
+def _recorded_pid(file: Path) -> str:
+    """Of a status file, which may be cut short: its first element is enough."""
+    with contextlib.suppress(OSError, ET.ParseError, StopIteration), file.open("rb") as source:
+        _, element = next(ET.iterparse(source, events=("start",)))  # noqa: S314  libvirt's own file
+        return str(element.get("pid", ""))
+    return ""
 
 
 def remove_cgroups(name: str) -> None:

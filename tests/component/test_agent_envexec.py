@@ -71,7 +71,7 @@ async def test_an_exec_has_them_too(agent: AgentKit) -> None:
     exec_id = await agent.exec(ident, "sh", "-c", SHOW, env=(b"PATH=/bin", BINARY))
     async with agent.output(ident, exec_id) as stream:
         assert BINARY in (await stream.read_all()).split(b"|")
-    assert await agent.client.wait_exec(ident, exec_id, timeout=20) == 0
+    assert await agent.client.wait_exec(ident, exec_id, timeout=TIMEOUT) == 0
 
 
 @pytest.mark.parametrize("env", [(b"PATH=/bin",), (b"PATH=/bin", BINARY)])

@@ -19,7 +19,7 @@ from hyperpod.errors import (
 )
 from hyperpod.model.security import LinuxResources
 from hyperpod.spec.oci import ContainerSpecInput, build_process, build_spec
-from tests.agentkit import AgentKit
+from tests.agentkit import TIMEOUT, AgentKit
 
 HUNGRY = ("tail", "/dev/zero")
 """Takes memory until it is killed. Not one read(2) of dd's, which any signal makes a short one."""
@@ -93,7 +93,7 @@ async def test_the_container_reaps_its_own_zombies_or_they_go_with_it(agent: Age
         exec_id = await agent.exec(
             ident, "sh", "-c", f"for i in 1 2 3 4 5; do sh -c 'sleep 0.01 &'; done; exit {code}"
         )
-        codes.append(await agent.client.wait_exec(ident, exec_id, timeout=30))
+        codes.append(await agent.client.wait_exec(ident, exec_id, timeout=TIMEOUT))
         await agent.client.remove_exec(ident, exec_id)
     assert codes == list(range(8))
     await agent.client.signal_container(ident, signal.SIGKILL)
@@ -297,7 +297,7 @@ async def test_an_exec_killed_for_want_of_memory_is_told_of_its_container(agent:
     async with agent.output(ident) as out:
         await out.read_until(b"up")
     exec_id = await agent.exec(ident, *HUNGRY)
-    assert await agent.client.wait_exec(ident, exec_id, timeout=60) == 137
+    assert await agent.client.wait_exec(ident, exec_id, timeout=TIMEOUT) == 137
     await agent.client.remove_exec(ident, exec_id)
     async with agent.input(ident) as stdin:
         await stdin.write(b"\n")

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
 from hyperpod.api.gen.runtime import v1 as cri
@@ -36,11 +36,15 @@ class Kubelet:
         self._busy = 0
         self._calm = asyncio.Condition()
         self._killing = False
+        self._wanted_done: Sequence[str] = ()
         self._cpu: dict[str, int] = {}
 
-    async def run(self, seconds: float) -> None:
-        """Raises Broken, or what a call that must succeed has raised."""
+    async def run(self, seconds: float, done: Sequence[str] = ()) -> None:
+        """As long as that, and until each kind of thing in `done` has been done once, however slow this machine is.
+
+        Raises Broken, or what a call that must succeed has raised."""
         end = time.monotonic() + seconds
+        self._wanted_done = done
         try:
             async with asyncio.TaskGroup() as group:
                 loops = [
@@ -61,20 +65,22 @@ class Kubelet:
     async def _slot(self, number: int, end: float) -> None:
         """One pod after another until the end; the slots' lives are staggered."""
         lifetime = self.churn * (1 + number / self.wanted)
-        while time.monotonic() < end:
+        while not self._over(end):
             self._made += 1
             pod = Pod(self.client, self.daemon.base / "kubelet", self._made)
             self.pods.append(pod)
             async with self._working():
                 await pod.start()
             self.done["pod"] += 1
-            until = min(time.monotonic() + lifetime, end)
-            await self._live(pod, until)
+            await self._live(pod, time.monotonic() + lifetime, end)
             async with self._working():
                 await pod.stop()
             self.pods.remove(pod)
 
-    async def _live(self, pod: Pod, until: float) -> None:
+    def _over(self, end: float) -> bool:
+        return time.monotonic() >= end and all(self.done[what] for what in self._wanted_done)
+
+    async def _live(self, pod: Pod, until: float, end: float) -> None:
         next_at = dict.fromkeys(("probe", "rotate", "swap", "tend"), time.monotonic())
         steps = {"probe": PROBE, "rotate": ROTATE, "swap": SWAP, "tend": TEND}
 
@@ -84,7 +90,7 @@ class Kubelet:
         calls: dict[str, Callable[[], Awaitable[None]]] = {
             "probe": pod.probe, "rotate": pod.rotate, "swap": swap, "tend": pod.tend,
         }  # fmt: skip
-        while time.monotonic() < until:
+        while time.monotonic() < until and not self._over(end):
             for what, call in calls.items():
                 if time.monotonic() >= next_at[what]:
                     async with self._working():

@@ -126,21 +126,21 @@ class Pod:
         """Exec probes: mounts, configuration, names; and the pod's address from the node."""
         due = self.volumes.generation if time.monotonic() - self.swapped_at > CONFIG_DELAY else self.seen
         script = "cat /etc/config/a; cat /data-sub/file /host/note; hostname; grep -c of- /etc/hosts"
-        reply = await self.client.exec(self.web, "/bin/sh", "-c", script, timeout=30)
+        reply = await self.client.exec(self.web, "/bin/sh", "-c", script, timeout=120)
         text = reply.stdout.decode()
         need(reply.exit_code == 0, f"{self.name}: probe: {reply.exit_code} {reply.stderr!r}")
         generation, rest = text.split("\n", 1)
         need(rest == f"sub\n{SHARED.decode()}{self.name}\n1\n", f"{self.name}: probe: {text!r}")
         need(int(generation) >= due, f"{self.name}: configMap {generation} is older than {due}")
         self.seen = int(generation)
-        denied = await self.client.exec(self.web, "touch", "/host/x", timeout=30)
+        denied = await self.client.exec(self.web, "touch", "/host/x", timeout=120)
         need(
             denied.exit_code == 1 and b"Read-only" in denied.stderr, f"{self.name}: writes to /host: {denied}"
         )
         need(await self._fetch() == self.uid, f"{self.name}: another pod answers at {self.address}")
 
     async def _fetch(self) -> str:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while True:
                 try:
                     reader, writer = await asyncio.open_connection(self.address, 8080)
@@ -196,7 +196,7 @@ class Pod:
         """Graceful: the web server ends by SIGTERM with its last word; then nothing of the pod is left."""
         self.steady = False
         await self.client.stop(self.worker, 0)
-        await self.client.stop(self.web, 30)
+        await self.client.stop(self.web, 120)
         status = await self.client.status(self.web)
         need((status.exit_code, status.reason) == (0, "Completed"), f"{self.name}: web: {status}")
         got = self.lines("web", 0, "stdout")

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from hyperpod.hypervisor.connection import QEMU_CONF
+from hyperpod.processes import stat_fields
 from hyperpod.spec.domain import DomainSpec
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROCESS = (sys.executable, "-m", "tests.vm.hypervisor_process")
-BOOT = 60.0
+BOOT = 180.0
 """Seconds for a guest to answer on a loaded host."""
 
 INIT = """#!/bin/busybox sh
@@ -109,14 +111,15 @@ class Console:
         self._writer.write(word.encode() + b"\n")
         return await self.wait(answer or f"done-{word}")
 
-    async def ask_for(self, word: str, *needles: str) -> str:
-        """Ask again and again until the answer has all of `needles`: a hot-plugged disk shows after a while."""
+    async def ask_for(self, word: str, *needles: str, without: str = "done with nothing") -> str:
+        """Ask again and again until the answer has all of `needles`, and not `without`: a guest sees a while later
+        what was plugged in or out."""
         text = ""
         try:
             async with asyncio.timeout(BOOT):
                 while True:
                     text = await self.ask(word)
-                    if all(needle in text for needle in needles):
+                    if all(needle in text for needle in needles) and without not in text:
                         return text
                     await asyncio.sleep(0.05)
         except TimeoutError:
@@ -180,11 +183,26 @@ class Owner:
 
     def send(self, op: str, **arguments: Any) -> tuple[int, asyncio.Future[dict[str, Any]]]:
         """Start a command."""
+        line, number, future = self._command(op, arguments)
+        assert self._process.stdin is not None
+        self._process.stdin.write(line)
+        return number, future
+
+    def send_and_cancel(self, op: str, **arguments: Any) -> asyncio.Future[dict[str, Any]]:
+        """Start a command that is cancelled as soon as it has begun: both come to the owner at once."""
+        line, number, future = self._command(op, arguments)
+        cancel, _, _ = self._command("cancel", {"target": number})
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + cancel)
+        return future
+
+    def _command(
+        self, op: str, arguments: dict[str, Any]
+    ) -> tuple[bytes, int, asyncio.Future[dict[str, Any]]]:
         self._next += 1
         future = self._replies[self._next] = asyncio.get_running_loop().create_future()
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"id": self._next, "op": op, **arguments}).encode() + b"\n")
-        return self._next, future
+        line = json.dumps({"id": self._next, "op": op, **arguments}).encode() + b"\n"
+        return line, self._next, future
 
     async def raw(self, op: str, **arguments: Any) -> dict[str, Any]:
         async with asyncio.timeout(BOOT):
@@ -245,19 +263,29 @@ class Libvirtd:
                 *PROCESS, "parent", "unshare", "--mount", "sh", "-c", "\n".join(script), cwd=ROOT,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        await self._listens(0)
+        async with asyncio.timeout(BOOT):
+            while not self._listens():
+                await asyncio.sleep(0.02)
         return self
 
-    async def _listens(self, inode: int) -> None:
-        sock = self.base / "run" / "libvirt-sock"
-        async with asyncio.timeout(BOOT):
-            while not sock.exists() or sock.stat().st_ino == inode:
-                await asyncio.sleep(0.02)
+    def _listens(self) -> bool:
+        """Its socket is there some time before it listens."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(self.base / "run" / "libvirt-sock"))
+            return True
+        return False
 
     def pid(self) -> int:
-        parent = self._process.pid
-        children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        return next(int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text() == "libvirtd\n")
+        # Not by the kernel's list of children, which leaves some out when another ends meanwhile.
+        for entry in os.listdir("/proc"):
+            with contextlib.suppress(OSError):
+                if (
+                    entry.isdecimal()
+                    and Path(f"/proc/{entry}/comm").read_text() == "libvirtd\n"
+                    and int(stat_fields(entry)[1]) == self._process.pid
+                ):
+                    return int(entry)
+        raise AssertionError("libvirtd is not running")
 
     async def kill(self) -> None:
         """kill -9; its successor comes by itself."""

@@ -267,7 +267,7 @@ async def test_a_bad_guest_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for parent in list(tmp_path.parents)[:2]:
         parent.chmod(0o755)  # QEMU runs as the sandbox's user
     monkeypatch.setenv("HYPERPOD_TEST_GUEST", str(tmp_path))
-    with daemon("---boot_timeout = 30\n") as one:
+    with daemon("---boot_timeout = 180\n") as one:
         async with one.client() as client:
             await refused(client.run_pod(), Status.INTERNAL, "phase kernel+agent", "Unable to mount root")
         assert one.leftovers() == []

@@ -21,7 +21,7 @@ from kernel.fragment import Fragment
 pytestmark = pytest.mark.vm
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE = 120.0
+DEADLINE = 240.0
 
 # PID 1 of a test image: says what this kernel has, then powers off.
 PROBE = """

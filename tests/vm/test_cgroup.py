@@ -16,7 +16,7 @@ from grpclib.exceptions import GRPCError
 from hyperpod.api.gen.runtime import v1 as cri
 from hyperpod.spec.cgroup import sandbox_folder
 from tests.cgroupkit import USED, cgroups_of
-from tests.daemonkit import Cri
+from tests.daemonkit import PATIENCE, Cri
 
 pytestmark = pytest.mark.vm
 
@@ -76,7 +76,7 @@ async def test_shim_and_qemu_are_below_the_pods_cgroup(parent: str, cri_client: 
     cri_client.daemon.kill_daemon()
     async with cri_client.daemon.client() as client:
         os.kill(was["shim"], signal.SIGKILL)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while members(pod, client).get("shim", was["shim"]) == was["shim"]:
                 await asyncio.sleep(0.05)
         assert (await client.exec(container, "echo", "hi")).stdout == b"hi\n"

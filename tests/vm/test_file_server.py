@@ -14,7 +14,7 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from hyperpod.api.gen.runtime import v1 as cri
-from tests.daemonkit import Daemon, daemon
+from tests.daemonkit import Daemon, daemon, eventually
 from tests.vm.test_mounts import mount, shell, sleeper, virtiofsd
 
 pytestmark = pytest.mark.vm
@@ -64,13 +64,13 @@ async def test_its_death_ends_the_pod(on_demand: Daemon, tmp_path: Path) -> None
         status = await client.wait(container)
         assert (status.exit_code, status.reason) == (255, "Unknown")
         assert "its file server, virtiofsd, ended" in status.message
-        for _ in range(100):
-            reply = await client.runtime.pod_sandbox_status(cri.PodSandboxStatusRequest(pod_sandbox_id=pod))
-            assert reply.status is not None
-            if (state := reply.status.state) == cri.PodSandboxState.SANDBOX_NOTREADY:
-                break
-            await asyncio.sleep(0.1)
-        assert state == cri.PodSandboxState.SANDBOX_NOTREADY
+        asked = cri.PodSandboxStatusRequest(pod_sandbox_id=pod)
+        await eventually(
+            lambda: client.runtime.pod_sandbox_status(asked),
+            lambda reply: (
+                reply.status is not None and reply.status.state == cri.PodSandboxState.SANDBOX_NOTREADY
+            ),
+        )
         with pytest.raises(GRPCError) as info:
             await client.create(pod, "/bin/true", mounts=[mount(tmp_path, "/m")])
         assert info.value.status is Status.FAILED_PRECONDITION

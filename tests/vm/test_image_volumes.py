@@ -15,7 +15,7 @@ from hyperpod.api.gen.hyperpod.admin.v1 import LoadRequest
 from hyperpod.api.gen.runtime import v1 as cri
 from images import busybox
 from tests import imagekit
-from tests.daemonkit import BUSYBOX, Cri, Daemon, daemon
+from tests.daemonkit import BUSYBOX, PATIENCE, Cri, Daemon, daemon
 from tests.vm.test_bad_input import refused
 from tests.vm.test_mounts import shell
 
@@ -220,11 +220,9 @@ async def test_an_image_in_use_may_be_removed_and_is_kept(
         await again.images.remove_image(cri.RemoveImageRequest(image=cri.ImageSpec(image=TOOLS)))
         await again.runtime.remove_container(cri.RemoveContainerRequest(container_id=container))
         assert disks(own_daemon, pod_id) == {}
-        for _ in range(100):
-            if len(layer_files(own_daemon)) == len(before) - 2:
-                break
-            await asyncio.sleep(0.1)
-        assert len(layer_files(own_daemon)) == len(before) - 2
+        async with asyncio.timeout(PATIENCE):
+            while len(layer_files(own_daemon)) != len(before) - 2:
+                await asyncio.sleep(0.1)
 
 
 @pytest.mark.parametrize("readonly", [False, True], ids=["writable root", "read-only root"])

@@ -7,14 +7,14 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from grpclib.exceptions import GRPCError, StreamTerminatedError
 
 from hyperpod import failpoints
 from hyperpod.api.gen.runtime import v1 as cri
-from tests.daemonkit import Cri, Daemon, daemon
+from hyperpod.processes import running_since
+from tests.daemonkit import PATIENCE, Cri, Daemon, daemon, eventually
 from tests.recoverykit import killed_at_every_step, numbers, reboot
 
 pytestmark = pytest.mark.vm
@@ -44,10 +44,7 @@ async def test_pods_survive_kill_of_daemon_and_shim(own_daemon: Daemon) -> None:
         # With it goes the daemon's connection to the agent: a call under way is made anew, its effect is not.
         for reply in await asyncio.gather(*(client.exec(container, "echo", "hi") for _ in range(4))):
             assert reply.stdout == b"hi\n"
-        for _ in range(400):
-            if len(await numbers(client, container)) > before + 20:
-                break
-            await asyncio.sleep(0.1)
+        await eventually(lambda: numbers(client, container), lambda got: len(got) > before + 20)
         assert (await client.exec(container, "echo", "hi")).stdout == b"hi\n"
         await client.stop(container)
         got = await numbers(client, container)
@@ -96,11 +93,9 @@ async def test_the_daemon_killed_at_every_step(own_daemon: Daemon) -> None:
 
 
 async def answers(client: Cri, container: str) -> bool:
-    """Whether the container can be executed in within 30 s: shim, device and agent are reached again."""
-    for _ in range(150):
-        with contextlib.suppress(GRPCError, StreamTerminatedError, ConnectionError):
-            return (await client.exec(container, "echo", "hi")).stdout == b"hi\n"
-        await asyncio.sleep(0.2)
+    """Whether the container can be executed in: shim, device and agent are reached again."""
+    with contextlib.suppress(GRPCError, StreamTerminatedError, ConnectionError):
+        return (await client.exec(container, "echo", "hi")).stdout == b"hi\n"
     return False
 
 
@@ -116,18 +111,14 @@ async def test_pods_survive_the_supervisor(own_daemon: Daemon, shim_too: bool) -
     if shim_too:
         [shim] = [p for p in own_daemon.processes() if "shim" in p and pod[:12] in p]
         os.kill(int(shim.split()[0]), signal.SIGKILL)
-    for _ in range(100):
-        if not Path(f"/proc/{daemon_pid}").exists():
-            break
-        await asyncio.sleep(0.1)
+    async with asyncio.timeout(PATIENCE):
+        while running_since(daemon_pid):
+            await asyncio.sleep(0.1)
     own_daemon.start()
     async with own_daemon.client() as client:
-        assert await answers(client, container)
+        await eventually(lambda: answers(client, container), bool)
         before = len(await numbers(client, container))
-        for _ in range(300):
-            if len(await numbers(client, container)) > before + 5:
-                break
-            await asyncio.sleep(0.1)
+        await eventually(lambda: numbers(client, container), lambda got: len(got) > before + 5)
         await client.stop(container)
         got = await numbers(client, container)
         assert got == list(range(len(got))), "every line exactly once"
@@ -149,7 +140,7 @@ async def test_a_shim_that_dies_during_create_and_start(own_daemon: Daemon) -> N
         starting = asyncio.gather(*(both(0.15 * n) for n in range(5)))
         for pause in (0.4, 1.5):
             await asyncio.sleep(pause)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE):
                 while not (shims := [p for p in own_daemon.processes() if "shim" in p and pod[:12] in p]):
                     await asyncio.sleep(0.05)
             [shim] = shims
@@ -158,9 +149,6 @@ async def test_a_shim_that_dies_during_create_and_start(own_daemon: Daemon) -> N
         for container in made:
             assert (await client.status(container)).state == cri.ContainerState.CONTAINER_RUNNING
             assert (await client.exec(container, "echo", "hi")).stdout == b"hi\n"
-            async with asyncio.timeout(30):
-                while not (log := await client.log(container)):
-                    await asyncio.sleep(0.1)
-            assert [text for _, _, text in log] == ["up"]
+            assert [text for _, _, text in await client.logged(container, "up")] == ["up"]
         await client.remove_pod(pod)
     assert own_daemon.leftovers() == []

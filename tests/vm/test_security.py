@@ -91,8 +91,8 @@ async def test_users_are_reported_as_they_are(cri_client: Cri, pod: str) -> None
     assert (user.uid, user.gid, user.supplemental_groups) == (1234, 5, [5, 9])
     shown = (await cri_client.exec(container, "sh", "-c", "id -u; id -g; id -G; echo $HOME")).stdout
     assert shown == b"1234\n5\n5 9\n/\n"
-    await cri_client.stop(container)
-    assert [text for _, _, text in await cri_client.log(container)] == shown.decode().split("\n")[:-1]
+    said = shown.decode().splitlines()
+    assert [text for _, _, text in await cri_client.logged(container, *said)] == said
 
 
 async def test_privileged(cri_client: Cri) -> None:

@@ -13,7 +13,7 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from hyperpod.api.gen.runtime import v1 as cri
-from tests.daemonkit import Cri
+from tests.daemonkit import Cri, eventually
 
 pytestmark = pytest.mark.vm
 
@@ -37,13 +37,13 @@ async def of_pod(client: Cri, pod: str) -> cri.PodSandboxStats:
     return reply.stats
 
 
-async def logged(client: Cri, container: str) -> None:
-    async with asyncio.timeout(60):
-        while not await client.log(container):
-            await asyncio.sleep(0.1)
+def usage(cpu: cri.CpuUsage | None) -> int:
+    """Nanoseconds; 0 before a guest has told any."""
+    return cpu.usage_core_nano_seconds.value if cpu is not None and cpu.usage_core_nano_seconds else 0
 
 
 async def test_what_containers_do_is_seen(cri_client: Cri, pod: str) -> None:
+    began = time.time_ns()
     limits = cri.LinuxContainerResources(memory_limit_in_bytes=100 * MIB)
     linux = cri.LinuxContainerConfig(resources=limits)
     busy = await cri_client.sh(pod, "echo up; while :; do :; done", labels={"kind": "busy"})
@@ -56,16 +56,20 @@ async def test_what_containers_do_is_seen(cri_client: Cri, pod: str) -> None:
     )
     idle = await cri_client.create(pod, "sleep", "600")
     for container in (busy, hungry, writing):
-        await logged(cri_client, container)
-    first = await of(cri_client, busy)
-    await asyncio.sleep(1.5)
-    before = time.time_ns()
+        await cri_client.logged(container, "up")
+    # A guest on a busy host misses its time now and then: what it said before is shown.
+    first = (await eventually(lambda: of(cri_client, busy), lambda seen: usage(seen.cpu) > 0)).cpu
+
+    def has_worked(seen: cri.ContainerStats) -> bool:
+        assert seen.cpu is not None
+        return usage(seen.cpu) - usage(first) > 100_000_000 and seen.cpu.usage_nano_cores is not None
+
+    await eventually(lambda: of(cri_client, busy), has_worked)
     stats = {name: await of(cri_client, name) for name in (busy, hungry, writing, idle)}
     cpu, memory, disk = stats[busy].cpu, stats[hungry].memory, stats[writing].writable_layer
-    assert cpu is not None and first.cpu is not None
-    assert value(cpu.usage_core_nano_seconds) - value(first.cpu.usage_core_nano_seconds) > 100_000_000
+    assert cpu is not None and first is not None
     assert 50_000_000 < value(cpu.usage_nano_cores) <= 8_000_000_000
-    assert before - 10**9 < cpu.timestamp <= time.time_ns(), "by the host's clock"
+    assert began < first.timestamp < cpu.timestamp <= time.time_ns(), "by the host's clock"
     assert cpu.psi is not None and cpu.psi.some is not None
     assert memory is not None
     assert 40 * MIB <= value(memory.working_set_bytes) <= value(memory.usage_bytes) <= 100 * MIB
@@ -83,14 +87,18 @@ async def test_what_containers_do_is_seen(cri_client: Cri, pod: str) -> None:
     assert stats[idle].cpu is None and stats[idle].memory is None
     assert stats[idle].writable_layer is not None
     await cri_client.exec(writing, "rm", "/big")
-    await asyncio.sleep(0.6)
-    after = (await of(cri_client, writing)).writable_layer
-    assert after is not None and value(after.used_bytes) < 4 * MIB
 
-    whole = await of_pod(cri_client, pod)
+    def has_room(seen: cri.ContainerStats) -> bool:
+        return seen.writable_layer is not None and value(seen.writable_layer.used_bytes) < 4 * MIB
+
+    await eventually(lambda: of(cri_client, writing), has_room)
+
+    def has_all(seen: cri.PodSandboxStats) -> bool:
+        return seen.linux is not None and usage(seen.linux.cpu) >= usage(cpu)
+
+    whole = await eventually(lambda: of_pod(cri_client, pod), has_all)
     assert whole.linux is not None and whole.linux.cpu is not None and whole.linux.memory is not None
     assert {c.attributes.id for c in whole.linux.containers if c.attributes} == {busy, hungry, writing, idle}
-    assert value(whole.linux.cpu.usage_core_nano_seconds) >= value(cpu.usage_core_nano_seconds)
     assert value(whole.linux.cpu.usage_nano_cores) > 0
     assert value(whole.linux.memory.working_set_bytes) >= 40 * MIB
     assert whole.linux.process is not None and value(whole.linux.process.process_count) >= 3
@@ -149,7 +157,12 @@ async def test_lists_and_filters(cri_client: Cri, pod: str) -> None:
 async def test_a_guest_that_does_not_answer_holds_nobody_up(cri_client: Cri, pod: str) -> None:
     other = await cri_client.run_pod()
     container = await cri_client.sh(other, "sleep 600")
-    known = await of(cri_client, container)
+    known = await eventually(lambda: of(cri_client, container), lambda seen: usage(seen.cpu) > 0)
+    await eventually(
+        lambda: of_pod(cri_client, pod), lambda seen: seen.linux is not None and seen.linux.cpu is not None
+    )
+    complaint = f"sandbox {other[:12]}: no statistics"
+    complaints = cri_client.daemon.text().count(complaint)
     [line] = [p for p in cri_client.daemon.processes() if "qemu-system" in p and other[:12] in p]
     os.kill(int(line.split()[0]), signal.SIGSTOP)
     try:
@@ -157,19 +170,17 @@ async def test_a_guest_that_does_not_answer_holds_nobody_up(cri_client: Cri, pod
         for _ in range(2):
             began = time.monotonic()
             reply = await cri_client.runtime.list_pod_sandbox_stats(cri.ListPodSandboxStatsRequest())
-            assert time.monotonic() - began < 10
+            assert time.monotonic() - began < 15
             stats = {s.attributes.id: s for s in reply.stats if s.attributes}
             answering, silent = stats[pod].linux, stats[other].linux
             assert answering is not None and answering.cpu is not None
             assert silent is not None
             [last] = silent.containers
             assert last.cpu == known.cpu, "what was last known, with its time"
-        assert cri_client.daemon.text().count(f"sandbox {other[:12]}: no statistics") == 1
+        assert cri_client.daemon.text().count(complaint) == complaints + 1
     finally:
         os.kill(int(line.split()[0]), signal.SIGCONT)
-    async with asyncio.timeout(60):
-        while (await of(cri_client, container)).cpu == known.cpu:
-            await asyncio.sleep(0.5)
+    await eventually(lambda: of(cri_client, container), lambda seen: seen.cpu != known.cpu)
     await cri_client.remove_pod(other)
 
 
@@ -202,7 +213,7 @@ async def test_statistics_while_containers_come_and_go(cri_client: Cri, pod: str
 
 async def test_metrics(cri_client: Cri, pod: str) -> None:
     container = await cri_client.sh(pod, "dd if=/dev/zero of=/f bs=1M count=8; sync; echo up; sleep 600")
-    await logged(cri_client, container)
+    await cri_client.logged(container, "up")
     described = (
         await cri_client.runtime.list_metric_descriptors(cri.ListMetricDescriptorsRequest())
     ).descriptors
