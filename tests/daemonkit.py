@@ -322,7 +322,7 @@ class Cri:
 
         return await eventually(lambda: self.log(container), there)
 
-    async def exec(self, container: str, *argv: str, timeout: int = 60) -> cri.ExecSyncResponse:
+    async def exec(self, container: str, *argv: str, timeout: int = 180) -> cri.ExecSyncResponse:
         return await self.runtime.exec_sync(
             cri.ExecSyncRequest(container_id=container, cmd=list(argv), timeout=timeout)
         )

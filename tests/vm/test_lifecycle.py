@@ -87,7 +87,7 @@ async def test_stop_graces_and_overtaking(cri_client: Cri, pod: str) -> None:
     assert (status.exit_code, status.reason) == (137, "Error")
     polite = await cri_client.sh(pod, "trap 'exit 5' TERM; echo up; while :; do sleep 0.1; done")
     await cri_client.logged(polite, "up")
-    await cri_client.stop(polite, timeout=60)
+    await cri_client.stop(polite, timeout=120)
     assert (await cri_client.status(polite)).exit_code == 5
 
 
@@ -255,7 +255,7 @@ async def test_pid_namespaces(cri_client: Cri, pod: str) -> None:
     pod_view = (await cri_client.exec(shared, "ps")).stdout.decode()
     assert "sleep 3001" in pod_view
     assert "sleep 3003" in pod_view
-    await cri_client.stop(shared, timeout=30)
+    await cri_client.stop(shared, timeout=120)
     assert (await cri_client.status(shared)).exit_code == 143, "not process 1, so SIGTERM's default works"
     witness = await cri_client.sh(pod, "exec sleep 3004", linux=linux(cri.NamespaceMode.POD))
     assert "sleep 3002" not in (await cri_client.exec(witness, "ps")).stdout.decode(), "nobody outlives it"

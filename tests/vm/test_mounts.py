@@ -77,7 +77,7 @@ async def output(client: Cri, container: str) -> str:
     return "\n".join(text for _, _, text in await client.log(container))
 
 
-async def shell(client: Cri, container: str, script: str, timeout: int = 60) -> tuple[int, str]:
+async def shell(client: Cri, container: str, script: str, timeout: int = 180) -> tuple[int, str]:
     reply = await client.exec(container, "/bin/sh", "-c", script, timeout=timeout)
     return reply.exit_code, (reply.stdout + reply.stderr).decode(errors="replace").strip()
 
