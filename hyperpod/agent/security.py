@@ -71,9 +71,8 @@ async def apply(spec: dict[str, Any], wanted: Security, *, bind_devices: bool = 
         sources = {inside or path: path for path, inside, _ in wanted.devices}
         spec["mounts"] += [_bound(device["path"], sources) for device in devices]
         devices.clear()
-    # crun takes HOME from the user's entry; for want of one runc says "/", and programs rely on that.
-    home = () if found.known else ("HOME=/",)
-    return (f"HOSTNAME={os.uname().nodename}", *home)
+    # Without HOME crun looks for it in the container's /etc/passwd, which is anything by then: a FIFO has no end.
+    return (f"HOSTNAME={os.uname().nodename}", f"HOME={found.home}")
 
 
 def complete(process: dict[str, Any], lacking: tuple[str, ...]) -> None:

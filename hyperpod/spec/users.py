@@ -19,6 +19,9 @@ MAX_ID = 2**32 - 2
 MAX_GROUPS = 4096
 """Linux takes 65,536; so many would not fit into an answer of the agent."""
 
+MAX_HOME = 4095
+"""Bytes of a path (Linux: PATH_MAX, with its NUL)."""
+
 _NUMBER = re.compile(r"[+-]?[0-9]+", re.ASCII)
 
 Read = Callable[[], bytes]
@@ -32,8 +35,8 @@ class Identity:
     uid: int
     gid: int
     groups: tuple[int, ...]
-    known: bool = True
-    """It has an entry, so the runtime finds its home folder there."""
+    home: str = "/"
+    """Of its entry; what cannot be a variable's value is "/", as the home of whoever has no entry."""
 
 
 def resolve(user: str, supplemental: Sequence[int], *, strict: bool, passwd: Read, group: Read) -> Identity:
@@ -77,7 +80,15 @@ def resolve(user: str, supplemental: Sequence[int], *, strict: bool, passwd: Rea
         raise InvalidArgument(
             f"user {_show(user)} is in {len(groups)} groups, at most {MAX_GROUPS} are taken"
         )
-    return Identity(uid, gid, groups, entry is not None)
+    return Identity(uid, gid, groups, "/" if entry is None else _home(entry[3]))
+
+
+def _home(field: bytes) -> str:
+    try:
+        text = field[: MAX_HOME + 1].decode()
+    except UnicodeDecodeError:
+        return "/"
+    return text if text and "\0" not in text and len(field) <= MAX_HOME else "/"
 
 
 def _number(user: str, part: str) -> int | None:
@@ -101,12 +112,12 @@ def _id(field: bytes) -> int | None:
     return value
 
 
-def _users(content: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Name, uid, gid of each line of passwd(5) that has them."""
+def _users(content: bytes) -> Iterator[tuple[bytes, int, int, bytes]]:
+    """Name, uid, gid of each line of passwd(5) that has them, and the home folder, which may be empty."""
     for line in content.split(b"\n"):
-        fields = line.strip().split(b":", 4)
+        fields = line.strip().split(b":", 6)
         if len(fields) >= 4 and (uid := _id(fields[2])) is not None and (gid := _id(fields[3])) is not None:
-            yield fields[0], uid, gid
+            yield fields[0], uid, gid, fields[5] if len(fields) > 5 else b""
 
 
 def _groups(content: bytes) -> Iterator[tuple[bytes, int, list[bytes]]]:

@@ -240,3 +240,14 @@ async def test_the_hosts_null_device_stays_the_hosts(cri_client: Cri, pod: str) 
     assert (await cri_client.exec(container, "chmod", "0", "/proc/self/fd/0")).exit_code == 1
     null = Path("/dev/null").stat()
     assert (null.st_uid, stat.S_IMODE(null.st_mode)) == (0, 0o666)
+
+
+async def test_users_that_have_no_end(cri_client: Cri, pod: str, tmp_path: Path) -> None:
+    """Nothing reads a container's /etc/passwd once the container may have put a FIFO there, or a volume has one."""
+    endless = tmp_path / "fifo"
+    os.mkfifo(endless)
+    mount = cri.Mount(container_path="/etc/passwd", host_path=str(endless))
+    assert await lines(cri_client, pod, "test -p /etc/passwd; echo $? $HOME", mounts=[mount]) == ["0 /root"]
+    container = await cri_client.sh(pod, "rm /etc/passwd; mkfifo /etc/passwd; echo made; sleep 600")
+    await until_logged(cri_client, container)
+    assert (await cri_client.exec(container, "sh", "-c", "echo $HOME")).stdout == b"/root\n"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hyperpod.agent.security import FILE_LIMIT, read_in_root
 from hyperpod.errors import InvalidArgument
-from hyperpod.spec.users import MAX_GROUPS, MAX_ID, Identity, resolve
+from hyperpod.spec.users import MAX_GROUPS, MAX_HOME, MAX_ID, Identity, resolve
 
 PASSWD = b"""root:x:0:0:root:/root:/bin/sh
 # a comment:x:9:9
@@ -75,8 +75,8 @@ def test_supplemental_groups_come_last_and_once() -> None:
 
 
 def test_strict_leaves_the_image_s_groups_out() -> None:
-    assert find("1000", 1234, strict=True) == Identity(1000, 1001, (1001, 1234))
-    assert find("", strict=True) == Identity(0, 0, (0,))
+    assert find("1000", 1234, strict=True) == Identity(1000, 1001, (1001, 1234), "/home/bob")
+    assert find("", strict=True) == Identity(0, 0, (0,), "/root")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_who_cannot_be_is_named(user: str, named: str) -> None:
 
 
 def test_no_file_is_as_good_as_an_empty_one() -> None:
-    assert find("1000", 5, passwd=b"", group=b"") == Identity(1000, 0, (0, 5), known=False)
+    assert find("1000", 5, passwd=b"", group=b"") == Identity(1000, 0, (0, 5), "/")
     with pytest.raises(InvalidArgument, match="'root' is not in"):
         find("root", passwd=b"")
 
@@ -112,8 +112,27 @@ def test_only_what_is_needed_is_read() -> None:
         raise AssertionError("read")
 
     strict = resolve("5:6", [7], strict=True, passwd=lambda: PASSWD, group=never)
-    assert strict == Identity(5, 6, (6, 7), known=True)
-    assert not resolve("5", [], strict=False, passwd=lambda: b"", group=never).known
+    assert strict == Identity(5, 6, (6, 7), "/")
+    assert resolve("5", [], strict=False, passwd=lambda: b"", group=never).gid == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "home"),
+    [
+        (b":Bob:/home/bob:/bin/sh", "/home/bob"),
+        (b"::/home/b\xc3\xb6b", "/home/b\u00f6b"),
+        (b"::/" + b"x" * (MAX_HOME - 1) + b":", "/" + "x" * (MAX_HOME - 1)),
+        (b"::/" + b"x" * MAX_HOME + b":", "/"),
+        (b"::/\xff:", "/"),
+        (b"::/a\0b:", "/"),
+        (b":::", "/"),
+        (b":Bob", "/"),
+        (b"", "/"),
+    ],
+)
+def test_the_home_folder_is_the_entry_s(fields: bytes, home: str) -> None:
+    assert find("bob", passwd=b"bob:x:5:6" + fields).home == home
+    assert find("5", passwd=b"bob:x:5:6" + fields).home == home
 
 
 def test_too_many_groups_are_refused() -> None:
@@ -152,6 +171,7 @@ def test_any_bytes_give_a_possible_user_or_a_clear_error(
         return
     assert 0 <= found.uid <= MAX_ID and all(0 <= gid <= MAX_ID for gid in found.groups)
     assert found.groups[0] == found.gid
+    assert found.home and "\0" not in found.home
     assert set(supplemental) <= set(found.groups)
     assert len(set(found.groups)) == len(found.groups)
     # Nobody becomes root but by a number 0, no number at all, or an entry that says so in digits.
