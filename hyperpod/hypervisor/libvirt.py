@@ -212,7 +212,9 @@ class LibvirtHypervisor:
         await asyncio.to_thread(self._clean, name)
 
     def _clean(self, name: str) -> None:
-        """What libvirt leaves of a domain that is gone."""
+        """What libvirt leaves of a domain that is gone; most of it when we ended before it was on record."""
+        if self._root is not None:
+            orphans.remove_files(self._root, name)
         (self._logs / f"{name}.log").unlink(missing_ok=True)
         orphans.remove_cgroups(name)
 

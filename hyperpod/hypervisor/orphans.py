@@ -14,7 +14,6 @@ import os
 import select
 import shutil
 import signal
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -28,11 +27,10 @@ SHORT_NAME = 20
 
 @dataclass(frozen=True)
 class Orphan:
-    """A process to end. `domain`: what is known of the name; `files`: files and folders to be removed with it."""
+    """A process to end. `domain`: what is known of the name."""
 
     pid: int
     domain: str
-    files: tuple[Path, ...] = ()
 
 
 def find(root: Path, known: set[str]) -> list[Orphan]:
@@ -47,7 +45,7 @@ def find(root: Path, known: set[str]) -> list[Orphan]:
             continue
         name = _guest(argv)
         if name and name not in known and any(mark in arg for arg in argv):
-            found.append(Orphan(int(entry), name, tuple(_files(root, name))))
+            found.append(Orphan(int(entry), name))
     return found
 
 
@@ -85,13 +83,14 @@ def sweep(root: Path, known: set[str]) -> list[Orphan]:
     for orphan in orphans:
         log.warning("ending process %d of the unknown domain %s", orphan.pid, orphan.domain)
         _kill(orphan, root, known)
-        _remove(orphan.files)
+        remove_files(root, orphan.domain)
         remove_cgroups(orphan.domain)
     return orphans
 
 
-def _remove(files: Iterable[Path]) -> None:
-    for file in files:
+def remove_files(root: Path, name: str) -> None:
+    """What libvirt makes for a domain, of one that has no process and that libvirt does not know."""
+    for file in _files(root, name):
         if file.is_dir():
             shutil.rmtree(file, ignore_errors=True)
         else:
@@ -108,7 +107,7 @@ def forget_unstarted(root: Path) -> list[str]:
     for file in (root / "run" / "qemu").glob("*.xml"):
         if _recorded_pid(file) == "0":
             log.warning("domain %s was about to be started; forgetting it", file.stem)
-            _remove(_files(root, file.stem))
+            remove_files(root, file.stem)
             remove_cgroups(file.stem)
             names.append(file.stem)
     return names
