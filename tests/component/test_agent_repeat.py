@@ -138,7 +138,7 @@ async def test_a_stop_whose_connection_is_cut_is_carried_out(
     stopper = Stopper(cast(Any, Sandboxes()), unresponsive)
     cutter.up, cutter.down = up, down
     stopping = asyncio.ensure_future(stopper.stop(container, grace))
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(TIMEOUT):
         assert (await agent.exit_of(ident)).exit_code == (5 if grace else 137)
         container.exited.set()
         await stopping
