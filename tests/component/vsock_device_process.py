@@ -1,12 +1,14 @@
-"""A process with one device: `python -m tests.component.vsock_device_process DIRECTORY FD [resume]`.
+"""A process with one device: `python -m tests.component.vsock_device_process DIRECTORY FD [resume] [uid=N]`.
 
-Sends every state and its descriptors over FD, a SEQPACKET socket; with `resume` it first reads one from there.
+Sends every state and its descriptors over FD, a SEQPACKET socket; with `resume` it first reads one from there. With
+`uid` it becomes that user once all modules are loaded, which may lie where only root can read them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import sys
 from typing import Any
@@ -32,4 +34,8 @@ async def main(directory: str, fd: int, resume: bool) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], int(sys.argv[2]), len(sys.argv) > 3))
+    for user in (int(word.removeprefix("uid=")) for word in sys.argv[3:] if word.startswith("uid=")):
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+    asyncio.run(main(sys.argv[1], int(sys.argv[2]), "resume" in sys.argv[3:]))

@@ -338,7 +338,7 @@ async def vsock_device(folder: Path) -> AsyncIterator[None]:
     (folder / "vhost.sock").unlink(missing_ok=True)
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.component.vsock_device_process", str(folder), str(theirs.fileno()),
-        pass_fds=[theirs.fileno()], user=UID, group=UID, extra_groups=[],
+        f"uid={UID}", pass_fds=[theirs.fileno()],
     )  # fmt: skip
     theirs.close()
     try:
