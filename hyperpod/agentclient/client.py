@@ -299,7 +299,10 @@ def _mapped(what: str) -> Iterator[None]:
             # The agent keeps our deadline too, and may be the first to tell.
             raise DeadlineExceeded(f"the agent did not do {what} in time") from exc
         text = printable(exc.message or exc.status.name, TEXT_LIMIT)
-        raise _ERRORS.get(exc.status, GuestError)(text) from exc
+        if (kind := _ERRORS.get(exc.status)) is None:
+            # What nobody there foresaw may say no more than that.
+            raise GuestError(f"the agent failed at {what}: {text}") from exc
+        raise kind(text) from exc
     except TimeoutError as exc:
         raise DeadlineExceeded(f"the agent did not answer {what} in time") from exc
     except (StreamTerminatedError, OSError) as exc:

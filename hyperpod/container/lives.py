@@ -87,11 +87,13 @@ class ContainerLives:
             await self._known.start_log(container, sandbox)
             return await sandbox.need_shim().log_finish(container.id, timeout=LOG_DRAIN)
 
-    async def vm_unresponsive(self, sandbox_id: str) -> None:
-        """The guest does not even deliver SIGKILL: the VM itself is stopped."""
-        log.error("sandbox %s: its guest does not react; stopping the VM", sandbox_id[:12])
-        self._deaf.add(sandbox_id)
-        await self._known.sandboxes.stop(sandbox_id)
+    async def vm_unresponsive(self, container: LiveContainer, what: str) -> None:
+        """The guest does not even deliver SIGKILL: the VM itself is stopped. `what` the container did is told of
+        all of the pod's containers, which nobody has asked to stop."""
+        ident, why = container.sandbox_id, f"container {container.short} {what}"
+        log.error("sandbox %s: %s; stopping the whole sandbox", ident[:12], why)
+        self._deaf.add(ident)
+        await self._known.sandboxes.stop(ident, why)
 
     async def sandbox_stopping(self, sandbox: LiveSandbox) -> None:
         running = [c for c in self._known.of(sandbox.id) if c.state is ContainerState.RUNNING]

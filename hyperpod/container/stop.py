@@ -23,7 +23,9 @@ SIGKILL = 9
 class Stopper:
     """Runs stops; several at once on one container agree on the earliest deadline."""
 
-    def __init__(self, sandboxes: SandboxManager, unresponsive: Callable[[str], Awaitable[None]]) -> None:
+    def __init__(
+        self, sandboxes: SandboxManager, unresponsive: Callable[[LiveContainer, str], Awaitable[None]]
+    ) -> None:
         self._sandboxes, self._unresponsive = sandboxes, unresponsive
 
     async def stop(self, container: LiveContainer, timeout: int) -> None:
@@ -51,7 +53,7 @@ class Stopper:
                 await self._signal(container, SIGKILL, everyone=True)
                 await container.exited.wait()
         except TimeoutError:
-            await self._unresponsive(container.sandbox_id)
+            await self._unresponsive(container, f"did not end within {AFTER_KILL:.0f} s of SIGKILL")
             await container.exited.wait()
 
     async def _signal(self, container: LiveContainer, number: int, *, everyone: bool) -> None:

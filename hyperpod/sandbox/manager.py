@@ -345,18 +345,20 @@ class SandboxManager:
 
     # -- stop and remove ----------------------------------------------------------------------------------
 
-    async def stop(self, ident: str) -> None:
-        """Idempotent; unknown ids are fine."""
+    async def stop(self, ident: str, why: str = "") -> None:
+        """Idempotent; unknown ids are fine. `why`: its end, when nobody has asked for it."""
         if (sandbox := self.index.find(ident)) is None:
             return
         await self._operations.wait(f"run/{sandbox.record.config.metadata.key}")
         if self.index.find(sandbox.id) is None:
             return
-        await self._operations.run(f"stop/{sandbox.id}", lambda: self._stop(sandbox))
+        await self._operations.run(f"stop/{sandbox.id}", lambda: self._stop(sandbox, why))
 
-    async def _stop(self, sandbox: LiveSandbox) -> None:
+    async def _stop(self, sandbox: LiveSandbox, why: str) -> None:
         if sandbox.status.phase in (SandboxPhase.STOPPED, SandboxPhase.REMOVING):
             return
+        if why and not sandbox.gone.is_set():
+            sandbox.gone_detail = why
         laps, was_ready = Laps(), sandbox.ready
         sandbox.calls["StopPodSandbox"] = laps.seconds
         await self._set(sandbox, SandboxPhase.STOPPING, durable=False)

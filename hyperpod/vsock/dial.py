@@ -19,6 +19,9 @@ class HybridEndpoint:
 
     path: str
 
+    def __str__(self) -> str:
+        return self.path
+
 
 @dataclass(frozen=True)
 class KernelEndpoint:
@@ -26,12 +29,18 @@ class KernelEndpoint:
 
     cid: int
 
+    def __str__(self) -> str:
+        return f"CID {self.cid}"
+
 
 @dataclass(frozen=True)
 class HostEndpoint:
     """An agent on this host: one Unix socket per port, `<directory>/<port>.sock`."""
 
     directory: str
+
+    def __str__(self) -> str:
+        return self.directory
 
 
 Endpoint = HybridEndpoint | KernelEndpoint | HostEndpoint

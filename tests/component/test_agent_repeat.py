@@ -128,8 +128,8 @@ async def test_a_stop_whose_connection_is_cut_is_carried_out(
         running.record.model_copy(update={"id": ident, "stop_signal": "SIGTERM"}), running.status
     )
 
-    async def unresponsive(_: str) -> None:
-        raise AssertionError("the guest is alive")
+    async def unresponsive(_: LiveContainer, what: str) -> None:
+        raise AssertionError(f"the guest is alive, but its container {what}")
 
     class Sandboxes:
         def live(self, _: str) -> Any:

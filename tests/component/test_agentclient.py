@@ -135,6 +135,17 @@ async def test_texts_are_escaped_and_bounded(tmp_path: Path) -> None:
         assert str(info.value).isprintable()
 
 
+async def test_a_failure_that_nobody_foresaw_names_what_failed(tmp_path: Path) -> None:
+    """As one for want of memory in the guest, of which grpclib tells no more than this."""
+
+    async def fail(call: Call) -> None:
+        call.headers(("grpc-status", "2"), ("grpc-message", "Internal Server Error"), end=True)
+
+    async with hostile(tmp_path, fail) as (_, client):
+        with pytest.raises(GuestError, match="the agent failed at RemoveContainer: Internal Server Error"):
+            await client.remove_container(ID)
+
+
 async def test_a_deadline_is_one_whoever_notices_it(tmp_path: Path) -> None:
     """While the daemon is busy the agent's word of it comes before its own timer is looked at."""
 

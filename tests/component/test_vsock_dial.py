@@ -87,7 +87,7 @@ async def test_a_full_backlog_is_waited_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("endpoint", [HybridEndpoint("/nonexistent/s"), HostEndpoint("/nonexistent")])
 async def test_nobody_there_is_unavailable(endpoint: Endpoint) -> None:
-    with pytest.raises(Unavailable, match="nonexistent"):
+    with pytest.raises(Unavailable, match="cannot connect to /nonexistent"):
         await dial(endpoint, 1024, 5)
 
 
