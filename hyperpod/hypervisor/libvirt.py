@@ -215,7 +215,8 @@ class LibvirtHypervisor:
         """What libvirt leaves of a domain that is gone; most of it when we ended before it was on record."""
         if self._root is not None:
             orphans.remove_files(self._root, name)
-        (self._logs / f"{name}.log").unlink(missing_ok=True)
+        else:
+            (self._logs / f"{name}.log").unlink(missing_ok=True)
         orphans.remove_cgroups(name)
 
     async def _destroy(self, name: str) -> None:
