@@ -299,11 +299,11 @@ class Cri:
 
     async def wait(self, container: str, seconds: float = PATIENCE) -> cri.ContainerStatus:
         """Until it has exited."""
-        deadline = time.monotonic() + seconds
-        while (status := await self.status(container)).state != cri.ContainerState.CONTAINER_EXITED:
-            assert time.monotonic() < deadline, f"{container[:12]} still runs after {seconds} s"
-            await asyncio.sleep(0.05)
-        return status
+
+        def exited(status: cri.ContainerStatus) -> bool:
+            return status.state == cri.ContainerState.CONTAINER_EXITED
+
+        return await eventually(lambda: self.status(container), exited, seconds)
 
     async def log(self, container: str) -> list[tuple[str, str, str]]:
         """The CRI log as (stream, F or P, text)."""
@@ -331,11 +331,13 @@ class Cri:
 Seen = TypeVar("Seen")
 
 
-async def eventually(look: Callable[[], Awaitable[Seen]], good: Callable[[Seen], bool]) -> Seen:
+async def eventually(
+    look: Callable[[], Awaitable[Seen]], good: Callable[[Seen], bool], seconds: float = PATIENCE
+) -> Seen:
     """What `look` sees as soon as that is `good`."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + seconds
     while not good(seen := await look()):
-        assert time.monotonic() < deadline, f"after {PATIENCE} s still: {seen}"
+        assert time.monotonic() < deadline, f"after {seconds} s still: {seen}"
         await asyncio.sleep(0.05)
     return seen
 
